@@ -336,7 +336,8 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     d = logp - old_logp
     x = Batch(logp, old_logp, d, r=d.clamp(-20, 20).exp(), p=logp.detach().exp(), q=old_logp.exp(),
               one=(logp - logp.detach()).exp(), A=A, mask=mask, entropy=clean(entropy), sum_p2=clean(sum_p2),
-              pass_rate=None if pass_rate is None else pass_rate.to(dtype).view(-1, 1), group_size=group, totals=totals)
+              pass_rate=None if pass_rate is None else pass_rate.detach().to(dtype).view(-1, 1), group_size=group,
+              totals=totals)
     loss = f(x, **hyperparameters)
     if sampler_logp is not None:
         loss = loss * correction_weight(x.old_logp, clean(sampler_logp), correction)
@@ -344,7 +345,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
         loss = loss + kl_beta * k3(x.logp, clean(ref_logp.detach()))
     loss = aggregate(loss, x.mask, agg, totals=totals, max_len=max_len, group_size=group)
 
-    x.mask = mask  # metrics are over every response token, also where an objective selects
+    x.mask = mask  # these metrics are over every response token, also where an objective selects
     with torch.no_grad():
         mean, zero = x.mean(x.r), torch.zeros_like(loss)
         metrics = {"clip_low": zero, "clip_high": zero, "approx_kl": x.mean(x.r - 1 - x.d.clamp(-20, 20)),

@@ -1,27 +1,28 @@
 """A response in, a score in [0, 1] out: verifiable rewards that a policy cannot cheat, hang or break.
 
-    score("math", r"... so \boxed{\frac12}.", answer="0.5")                                                   -> 1.0
-    grade("countdown", "<answer>(1+2)*8</answer>", numbers=[1, 2, 8], target=24)                               -> (1.0, "ok")
-    with Scorer(workers=2) as scorer: scorer([("math", response, {"answer": "7"}), ...])                       -> [(1.0, "ok"), ...]
+    score("math", r"... so \boxed{\frac12}", answer="0.5")                                     -> 1.0
+    grade("countdown", "<answer>(1+2)*8</answer>", numbers=[1, 2, 8], target=24)                -> (1.0, "ok")
+    with Scorer(workers=2) as scorer: scorer([("math", response, {"answer": "7"}), ...])        -> [(1.0, "ok"), ...]
 
-Tasks and their problem fields (TASKS, at the end, maps the names):
-    chainsum   answer="7"                     default task: `...#7$`, with $ the end-of-sequence character
+Tasks and their problem fields:
+    chainsum   answer="7"                     the default task: `...#7$`, with $ the end-of-sequence character
     add        answer="123"                   last \boxed{}, exact integer
     countdown  numbers=[..], target=24        last <answer> (format="boxed": last box), every number exactly once
-    math       answer="1/2" or [any, of]      last \boxed{} or \fbox{} anywhere in the response
     tableqa    answer=[..]                    last <answer>, all values in this order
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
-    qa         answer=[any, of]               last <answer>, metric="em" | "f1" (SQuAD, HotpotQA)
+    qa         answer=[any, of]               last <answer>, metric="em" or "f1" (SQuAD, HotpotQA)
+    math       answer="1/2" or [any, of]      last \boxed{} or \fbox{} anywhere in the response
 
-Status: "ok" an answer was found and compared (right or wrong), "no_answer", "unparsable", "timeout", "error". Count them:
-a grader that fails silently looks just like a policy that never learns.
+Status: "ok" an answer was found and compared (right or wrong), "no_answer", "unparsable", "timeout", "error". Count
+them: a grader that fails silently looks just like a policy that never learns.
 
-Only `math` may need computer algebra (math-verify). That runs in a killable child process, because math-verify's alarm works
-in a main thread only, and some inputs (2^{2^{50}}) never come back. Nothing a model writes is ever evaluated as Python.
+Only math may need computer algebra (math-verify). That runs in a child process that can be killed, since math-verify's
+alarm works in a main thread only and some answers (2^{2^{50}}) never come back. No model output is evaluated as Python.
 """
 import ast
 import difflib
 import faulthandler
+import itertools
 import json
 import os
 import re
@@ -38,36 +39,37 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 
-MAX_CHARS, MAX_DEPTH = 1000, 40    # longest, most deeply nested math answer that is parsed; longer ones can only match as text
+MAX_CHARS, MAX_DEPTH = 1000, 40    # longer or deeper math answers are right only if identical: parsing stays fast
 
 
 # ---------------------------------------------------------------- where the answer is
 def last_boxed(text):
-    """Content of the last \\boxed{...} or \\fbox{...}; None if there is none or its brace never closes (a truncated response)."""
-    return _box(text, len(text))[2]
+    """Content of the last \\boxed{...} or \\fbox{...}; None if there is none or its brace never closes (truncated)."""
+    return find_box(text, len(text))[2]
 
 
-def _box(text, end):
-    """(start, stop, content) of the last box that begins before `end`; content is None if there is none or it does not close."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text[:end]))
-    depth = 0
-    for token in re.compile(r"\\.|[{}]", re.S).finditer(text, boxes[-1].end()) if boxes else ():    # as in TeX, \{ does not count
+def find_box(text, end):
+    """(start, stop, content) of the last box that begins before `end`; content None as in last_boxed."""
+    heads, depth = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text[:end])), 0
+    tokens = re.compile(r"\\.|[{}]", re.S)    # \{ is no brace in TeX
+    for token in tokens.finditer(text, heads[-1].end()) if heads else ():
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth < 0:
-            return boxes[-1].start(), token.end(), text[boxes[-1].end():token.start()]
+            return heads[-1].start(), token.end(), text[heads[-1].end():token.start()]
     return -1, -1, None
 
 
 def box_chain(text):
-    """`\\boxed{1} and \\boxed{2}` at the end of a response -> "1,2": the last box with those joined to it by and, or, commas."""
-    contents, end, joint = [], len(text), r"(?:[\s$,;]|\\[,;:! ()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|and|or){0,40}"
+    """`\\boxed{1} and \\boxed{2}` -> "1,2": the last box and those joined to it by and, or, commas; None if no box."""
+    joint = r"(?:[\s$,;]|\\[,;:! ()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|and|or){0,40}"
+    contents, end = [], len(text)
     while len(contents) < 10:
-        start, stop, content = _box(text, end)
+        start, stop, content = find_box(text, end)
         if content is None or contents and not re.fullmatch(joint, text[stop:min(end, stop + 200)]):
             break
         contents.insert(0, content)
         end = start
-    return ",".join(contents)
+    return ",".join(contents) if contents else None
 
 
 def last_answer(text):
@@ -96,8 +98,8 @@ def add(response, answer):
 
 
 def countdown(response, numbers, target, format="answer"):
-    """1 iff the expression uses every number exactly once and equals the target exactly. Only + - * / ( ) and integers are let
-    through, so there is nothing to run: `9**9**9` (hangs eval), `//`, `3.5` (would count as 3 and 5), `1+2=3` are unparsable."""
+    """1 iff the expression uses every number exactly once and equals the target exactly. Only + - * / ( ) and integers
+    get through: `9**9**9` (would hang eval), `//`, `3.5` (would pass for 3 and 5), `1+2=3` are unparsable."""
     text = last_boxed(response) if format == "boxed" else last_answer(response)
     if text is None:
         return 0.0, "no_answer"
@@ -106,15 +108,15 @@ def countdown(response, numbers, target, format="answer"):
         return 0.0, "unparsable"
     used = []
     try:
-        value = _exact(ast.parse(text.replace("\n", " "), mode="eval").body, used)
+        value = exact_value(ast.parse(text.replace("\n", " "), mode="eval").body, used)
     except ZeroDivisionError:
         return 0.0, "ok"
-    except (SyntaxError, ValueError, RecursionError, MemoryError):    # ast.parse raises any of these on malformed or deep text
+    except (SyntaxError, ValueError, RecursionError, MemoryError):    # what ast.parse raises on malformed or deep text
         return 0.0, "unparsable"
     return float(value == target and Counter(used) == Counter(numbers)), "ok"
 
 
-def _exact(node, used, depth=0):
+def exact_value(node, used, depth=0):
     """Value of an arithmetic syntax tree as a Fraction; its literals are appended to `used`."""
     if depth > 32:
         raise ValueError("nested deeper than 32")
@@ -122,17 +124,17 @@ def _exact(node, used, depth=0):
         used.append(node.value)
         return Fraction(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = _exact(node.operand, used, depth + 1)
+        value = exact_value(node.operand, used, depth + 1)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
-        a, b = _exact(node.left, used, depth + 1), _exact(node.right, used, depth + 1)
+        a, b = exact_value(node.left, used, depth + 1), exact_value(node.right, used, depth + 1)
         return {ast.Add: a.__add__, ast.Sub: a.__sub__, ast.Mult: a.__mul__, ast.Div: a.__truediv__}[type(node.op)](b)
     raise ValueError(f"{type(node).__name__} is not allowed")
 
 
 # ---------------------------------------------------------------- tables, puzzles, questions
 def tableqa(response, answer):
-    """HiTab: numbers within 1e-5 (a percent sign is ignored: 13.3% is 13.3), text equal up to case; all values, in order."""
+    """HiTab: numbers within 1e-5 (percent signs are ignored: 13.3% is 13.3), text equal up to case; all, in order."""
     text, golds = last_answer(response), answer if isinstance(answer, (list, tuple)) else [answer]
     if not text:
         return 0.0, "no_answer"
@@ -141,28 +143,32 @@ def tableqa(response, answer):
         return 0.0, "unparsable"
     cuts = [m.span() for m in re.finditer(r"[,;\n]\s*and\b|[,;\n]|\band\b", text)]
     starts, stops = [0] + [b for _, b in cuts], [a for a, _ in cuts] + [len(text)]
-    ends = {0}    # pieces used up so far; a value may span several pieces, as in "1,234" or "scientific, and technical services"
+    ends = {0}    # pieces used up so far; one value may span several: "1,234", "scientific, and technical services"
     for gold in golds:
-        ends = {j + 1 for i in ends for j in range(i, min(len(stops), i + 20)) if same_cell(text[starts[i]:stops[j]], str(gold))}
+        ends = {j + 1 for i in ends for j in range(i, min(len(stops), i + 20))
+                if same_cell(text[starts[i]:stops[j]], str(gold))}
     return float(len(stops) in ends), "ok"
 
 
 def same_cell(text, gold):
     text, gold = (re.sub(r"\s+", " ", s.lower()).strip(" .'\"`[]{}") for s in (text, gold))
     a, b = (number(re.sub(r"[()$%\\]|percent", "", s).strip()) for s in (text, gold))
-    return text == gold or a is not None and b is not None and (a == b or small(a, b) and abs(Fraction(a) - Fraction(b)) < 1e-5)
+    near = None not in (a, b) and (a == b or small(a, b) and abs(Fraction(a) - Fraction(b)) < 1e-5)
+    return text == gold or near
 
 
 def kk(response, answer):
-    """Knights and knaves: `Ann is a knight, Bob: knave` in any order; each person exactly once, nobody else, no contradiction."""
+    """`Ann is a knight, Bob: knave` in any order; each person exactly once, nobody else, no contradiction."""
     text = last_answer(response)
     if not text:
         return 0.0, "no_answer"
     if len(text) > 2000:
         return 0.0, "unparsable"
-    text = re.sub(r"\([0-9]{1,2}\)|(?<!\w)[0-9]{1,2}[.)]", ",", re.sub(r"[\"'{}*]", "", text))    # (1) Ann ... (2) Bob ...
-    pieces = [p.strip() for p in re.split(r"[,;\n]|\.(?!\w)|\band\b", text.casefold()) if p.strip(" .-")]
-    said = [re.fullmatch(r"[-\s]*(.+?)\s*(?:\bis\b|:|=|->)\s*(?:an?\s|the\s)?\s*(knight|knave)", p) for p in pieces]
+    text = re.sub(r"[\"'{}*]", "", text.casefold())
+    text = re.sub(r"\([0-9]{1,2}\)|(?<!\w)[0-9]{1,2}[.)]", ",", text)    # (1) Ann ... (2) Bob ...
+    pieces = [p for p in re.split(r"[,;\n]|\.(?!\w)|\band\b", text) if p.strip(" .-")]
+    claim = r"[-\s]*(\S.*?)\s*(?:\bis\b|:|=|->)\s*(?:an?\s|the\s)?\s*(knight|knave)\s*"
+    said = [re.fullmatch(claim, p) for p in pieces]
     if not all(said):
         return 0.0, "unparsable"
     gold = sorted((name.casefold(), role.casefold()) for name, role in answer.items())
@@ -170,24 +176,24 @@ def kk(response, answer):
 
 
 def qa(response, answer, metric="em"):
-    """Exact match or token F1 after SQuAD normalisation, best over the gold answers; yes/no never get partial credit (HotpotQA)."""
-    text = last_answer(response)
-    if text is None:
-        return 0.0, "no_answer"
-    pred, golds = _squad(text[:10000]), [_squad(str(g)) for g in ([answer] if isinstance(answer, str) else answer)]
+    """Exact match or token F1 after SQuAD normalisation, best over golds; yes/no get no partial credit (HotpotQA)."""
     if metric not in ("em", "f1"):
         raise ValueError(f"unknown metric {metric!r}; choose em or f1")
+    pred = squad_normal((last_answer(response) or "")[:10000])
+    golds = [squad_normal(str(g)) for g in ([answer] if isinstance(answer, str) else answer)]
     if not pred:    # "the" normalises to nothing, and nothing must not equal nothing
         return 0.0, "no_answer"
-    return (float(pred in golds) if metric == "em" else max((_f1(pred, g) for g in golds), default=0.0)), "ok"
+    if metric == "em":
+        return float(pred in golds), "ok"
+    return max((token_f1(pred, g) for g in golds), default=0.0), "ok"
 
 
-def _squad(text):
+def squad_normal(text):
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _f1(pred, gold):
+def token_f1(pred, gold):
     if pred != gold and {"yes", "no", "noanswer"} & {pred, gold}:
         return 0.0
     a, b = pred.split(), gold.split()
@@ -195,32 +201,33 @@ def _f1(pred, gold):
     return 2 * same / (len(a) + len(b)) if same else 0.0
 
 
-# ---------------------------------------------------------------- math: text first, then exact numbers, then computer algebra
+# ---------------------------------------------------------------- math: text, then exact numbers, then computer algebra
 def math(response, answer, acpo_compat=False):
-    """Compares the last box with each gold answer. Returns (score, status), or the pairs [(gold, pred), ...] that only computer
-    algebra can decide, any of which makes the response right.
+    """(score, status), or the pairs [(gold, pred), ...] that only computer algebra can decide (one equal pair is enough).
 
-    acpo_compat: the ACPO paper's rule (arXiv 2606.22570): without a box the whole response is the answer, and an answer of more
-    than 30 characters is right only if identical. Short correct prose scores, long correct answers do not: for comparison only.
+    acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box the whole response is the answer,
+    and one of more than 30 characters is right only if identical. So bare text scores, and long right answers do not.
     """
     golds = [str(g) for g in (answer if isinstance(answer, (list, tuple)) else [answer])]
-    pred = last_boxed(response)
+    pred, chain = last_boxed(response), None
     if acpo_compat:
         pred = response if pred is None else pred
         if len(pred) > 30:
             return float(pred in golds), "ok"
     if pred is None or not pred.strip():
         return 0.0, "no_answer"
-    if len(pred) > MAX_CHARS or _depth(pred) > MAX_DEPTH:    # before any regular expression sees it
+    if len(pred) > MAX_CHARS or max(depths(pred)) > MAX_DEPTH:
         return float(pred.strip() in [g.strip() for g in golds]), "unparsable"
-    if re.search(r"/\s*\{?0(?![.0-9])|frac\{[^{}]*\}\{0\}", pred) or any(
-            unicodedata.category(c)[0] == "C" and c not in "\n\t\r" or c.isdigit() and c not in "0123456789²³" for c in pred):
-        return 0.0, "unparsable"    # division by zero, invisible characters, foreign digits: never an answer
-    pairs, chain = [], box_chain(response)[-MAX_CHARS:]
+    foreign = any(unicodedata.category(c)[0] == "C" and not c.isspace() or c.isdigit() and c not in "0123456789²³"
+                  for c in pred)    # invisible characters, digits of other scripts
+    if foreign or re.search(r"/\s*\{?0(?![.0-9])|frac\{[^{}]*\}\{0\}", pred):    # 1/0 is not even equal to 1/0
+        return 0.0, "unparsable"
+    pairs = []
     for gold in golds:
         gold = box_chain(gold) or gold
-        listed = chain != pred and not acpo_compat and re.search(r",|;|\band\b|\bor\b", gold)
-        for candidate in [pred, chain] if listed else [pred]:
+        if not acpo_compat and re.search(r",|;|\band\b|\bor\b", gold):    # several values may stand in several boxes
+            chain = chain or box_chain(response)
+        for candidate in {pred, chain[-MAX_CHARS:]} if chain else [pred]:
             verdict = compare(gold, candidate)
             if verdict is True:
                 return 1.0, "ok"
@@ -228,81 +235,80 @@ def math(response, answer, acpo_compat=False):
     return pairs or (0.0, "ok")
 
 
-def _depth(text):
-    depth = deepest = 0
-    for c in text:
-        depth += (c in "{([") - (c in "})]")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-SYMBOLS = {"−": "-", "–": "-", "×": r"\times ", "÷": "/", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2",
-           "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "√": r"\sqrt ", "½":
-           r"\frac{1}{2}", "€": "", "£": "", "¥": "", "，": ",", "（": "(", "）": ")"}
-STYLE = re.compile(r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|underline|tiny|small|large|"
-                   r"Large|bf|rm|it|limits|phantom\{[^{}]*\}|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])|\\!|\\(?=\$)|\$|\\[()\[\]]")
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|emph|boldsymbol|bm)"
-                  r"\s*\{([^{}]*)\}")
+SYMBOLS = {"−": "-", "–": "-", "×": r"\times ", "÷": "/", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
+           "°": r"^\circ ", "²": "^2", "³": "^3", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ",
+           "∩": r"\cap ", "∈": r"\in ", "½": r"\frac{1}{2}", "€": "", "£": "", "¥": "", "，": ",", "（": "(", "）": ")"}
+COMMANDS = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "lg": r"\log_{10}",
+            "varnothing": r"\emptyset"}
+FUNCTIONS = set("arcsin arccos arctan sinh cosh tanh sqrt frac".split())    # words of four letters that are not prose
+SHORT_UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l s sec secs min mins h hr hrs am pm a.m p.m mph kph "
+                  "km/h m/s hz pa ev rad deg".split())
 UNIT = r"[a-zA-Z][a-zA-Z.\s/]*(?:\^\s*\{?-?[0-9]\}?)?"
-SHORT_UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l s sec secs min mins h hr hrs am pm a.m p.m mph kph km/h m/s hz pa ev "
-                  "rad deg".split())
-COMMANDS = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "lg": r"\log_{10}", "varnothing": r"\emptyset"}
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp max min gcd lcm mod det sqrt frac".split())
+UNITS = re.compile(r"(?:(?<=[0-9})\]])|(?<=\\pi))\s*\\text\{\s*(%s)\}(?:\^\s*\{?-?[0-9]\}?)?$|"
+                   r"(?<=[0-9})\]])(?:\s+|(?=[a-z]{2}))(%s)$" % (UNIT, UNIT))
+TEXT = (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|emph|boldsymbol|bm)"
+        r"\s*\{([^{}]*)\}")
+STYLE = (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|underline|tiny|small|large|Large|bf|"
+         r"rm|it|limits|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])|\\!|\\(?=\$)|\$|\\[()\[\]]")
+REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\\pi|[0-9a-zA-Z])", r"\\frac{\1}"),    # \frac12, \frac\pi6
+    (r"(\\frac\{[^{}]*\})\s*(\\pi|[0-9a-zA-Z])", r"\1{\2}"),
+    (r"(?<![0-9.])([0-9]{1,3})((?:(?:\\[,;: !]|~|\{,\}|,\s?\\!|\s)\s*[0-9]{3})+)(?![0-9/])",    # 1\,000 1{,}000 1 000
+     lambda m: m[1] + re.sub(r"[^0-9]", "", m[2])),
+    (STYLE, ""),
+    (r"\\begin\{([bB]|small)matrix\}(.*)\\end\{\1matrix\}|"    # brackets are all alike
+     r"[\[(]?\s*\\begin\{(?:array|matrix)\}(?:\{[^{}]*\})?(.*)\\end\{(?:array|matrix)\}\s*[\])]?",
+     lambda m: r"\begin{pmatrix}%s\end{pmatrix}" % (m[2] or m[3])),
+    (r"\{?([^{}\\]+)\\choose([^{}\\]+)\}?", r"\\binom{\1}{\2}"),
+    (TEXT, lambda m: r"\text{%s}" % m[1] if re.search("[a-zA-Z]", m[1]) and len(m[1].strip()) > 1 else m[1]),
+    (r"\\(lbrace|rbrace|langle|rangle|lg|varnothing)(?![a-zA-Z])", lambda m: COMMANDS[m[1]]),
+    (r"\*\*", "^"),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b)(?:\s*[CF]$)?", r"^\\circ "),
+    (r"([0-9]*)\.([0-9]*)\\overline\{([0-9]{1,20})\}", lambda m: repeating(m[1], m[2], m[3])),
+    (r"(?<![0-9.])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\\frac{\2}{\3})"),    # 1 1/2
+    (r"(?:,\s*)?\\text\{,?\s*(?:and|or)\s*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ","),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad\b)|~|\s+", " "),
+    (r"\\text\{\s*(?:percent|percentage|pct)\s*\}|\b(?:percent|percentage|pct)\b|(?<!\\)%", r"\\%"),
+]]
 
 
 def clean(text):
-    """LaTeX answer -> (canonical text, unit): styling, dollars, units, percent and trailing punctuation removed; `\\text{..}`
-    only where words are the answer. Follows the lists of Hendrycks' strip_string and Math-Verify's normalisation."""
-    for a, b in SYMBOLS.items():
-        text = text.replace(a, b)
-    text = re.sub(r"\\([dtc])frac", r"\\frac", text.strip())
-    text = re.sub(r"\\frac\s*(\\pi|[0-9a-zA-Z])", r"\\frac{\1}", text)    # \frac12, \frac\pi6
-    text = re.sub(r"(\\frac\{[^{}]*\})\s*(\\pi|[0-9a-zA-Z])", r"\1{\2}", text)
-    text = re.sub(r"\{?([^{}\\]+)\\choose([^{}\\]+)\}?", r"\\binom{\1}{\2}", text)
-    group = r"(?<![0-9.])([0-9]{1,3})((?:(?:\\[,;: !]|~|\{,\}|,\s?\\!|\s)\s*[0-9]{3})+)(?![0-9/])"
-    text = re.sub(group, lambda m: m[1] + re.sub(r"[^0-9]", "", m[2]), text)    # 1\,000\,000, 1{,}000, 1 000
-    text = STYLE.sub("", text)
-    text = re.sub(r"\\begin\{([bB]|small)matrix\}(.*)\\end\{\1matrix\}|"
-                  r"[\[(]?\s*\\begin\{(?:array|matrix)\}(?:\{[^{}]*\})?(.*)\\end\{(?:array|matrix)\}\s*[\])]?",
-                  lambda m: r"\begin{pmatrix}%s\end{pmatrix}" % (m[2] or m[3]), text, flags=re.S)
-    text = TEXT.sub(lambda m: m[1] if len(m[1].strip()) == 1 or re.fullmatch(r"[^a-zA-Z]*", m[1]) else r"\text{%s}" % m[1], text)
-    text = re.sub(r"\\(lbrace|rbrace|langle|rangle|lg|varnothing)(?![a-zA-Z])", lambda m: COMMANDS[m[1]], text).replace("**", "^")
-    text = re.sub(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b)(?:\s*[CF]$)?", r"^\\circ ", text)
-    text = re.sub(r"([0-9]*)\.([0-9]*)\\overline\{([0-9]{1,20})\}", _repeating, text)
-    text = re.sub(r"(?<![0-9.])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\\frac{\2}{\3})", text)    # 1 1/2
-    text = re.sub(r"(?:,\s*)?\\text\{,?\s*(?:and|or)\s*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ",", text)
-    text = re.sub(r"(?<!\\)\\(?:[,;: ]|q?quad\b)|~|\s+", " ", text)
-    text = re.sub(r"\\text\{\s*(?:percent|percentage|pct)\s*\}|\b(?:percent|percentage|pct)\b", r"\\%", text)
-    text = re.sub(r"(?<!\\)%", r"\\%", text).strip().rstrip(".,;:\\ ")
-    while len(text) > 2 and text[0] == "{" and text[-1] == "}" and _closes(text) == len(text) - 1:
+    """LaTeX answer -> (canonical text, unit): no styling, dollars, unit, final full stop; \\text{} only around words.
+    After the lists of Hendrycks' strip_string and Math-Verify's normalisation."""
+    text = "".join(SYMBOLS.get(c, c) for c in text.strip())
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = text.strip().rstrip(".,;:\\ ")
+    while len(text) > 2 and text[0] == "{" and enclosed(text):
         text = text[1:-1].strip()
-    unit = re.search(r"(?:(?<=[0-9})\]])|(?<=\\pi))\s*\\text\{\s*(%s)\}(?:\^\s*\{?-?[0-9]\}?)?$|"
-                     r"(?<=[0-9})\]])(?:\s+|(?=[a-z]{2}))(%s)$" % (UNIT, UNIT), text)
+    unit = UNITS.search(text)
     if not unit:
         return text, ""
     rest, word = text[:unit.start()].strip(), (unit[1] or unit[2]).strip().rstrip(".").lower()
-    bare = re.sub(r"\^.*", "", word) in SHORT_UNITS and (len(word) > 1 or number(rest) is not None)    # 5 m, but not x^2 m
-    return (rest, word) if unit[1] or bare or len(word) > 3 and " " in unit[0] else (text, "")
+    short = re.sub(r"\^.*", "", word) in SHORT_UNITS and (len(word) > 1 or number(rest) is not None)    # 5 m, not x^2 m
+    return (rest, word) if unit[1] or short or len(word) > 3 and " " in unit[0] else (text, "")
 
 
-def _repeating(match):
+def repeating(whole, head, tail):
     """0.1\\overline{6} -> \\frac{15}{90}"""
-    whole, head, tail = match[1] or "0", match[2], match[3]
-    return r"\frac{%d}{%d}" % (int(whole + head + tail) - int(whole + head), (10 ** len(tail) - 1) * 10 ** len(head))
+    whole = whole or "0"
+    above, below = int(whole + head + tail) - int(whole + head), (10 ** len(tail) - 1) * 10 ** len(head)
+    return r"\frac{%d}{%d}" % (above, below)
 
 
-def _closes(text):
-    """Index of the bracket that closes the one at text[0]; -1 if none."""
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c in "{([") - (c in "})]")
-        if depth == 0:
-            return i
-    return -1
+def depths(text):
+    """Bracket depth after each character."""
+    return list(itertools.accumulate((c in "{([") - (c in "})]") for c in text))
+
+
+def enclosed(text):
+    """One pair of brackets holds the whole text: (1,2), not (1,2),(3,4)."""
+    return 0 in depths(text) and depths(text).index(0) == len(text) - 1
 
 
 def number(text):
-    """Plain number -> exact Decimal or Fraction; None if it is anything else. 1e400 is never expanded to its digits."""
+    """Plain number -> exact Decimal or Fraction, else None. 1e400 is never expanded to its digits."""
     power = re.fullmatch(r"([+-]?)(?:([0-9.]+)(?:\\times|\\cdot|\*))?10\^\{?([+-]?[0-9]{1,6})\}?", text)
     if power:
         text = f"{power[1]}{power[2] or 1}e{power[3]}"
@@ -313,8 +319,7 @@ def number(text):
         return Decimal(text)
     ratio = re.fullmatch(r"([+-]?)(?:\\frac\{([+-]?[0-9]{1,99})\}\{([0-9]{1,99})\}|([0-9]{1,99})/([0-9]{1,99}))", text)
     if ratio and int(ratio[3] or ratio[5]):
-        value = Fraction(int(ratio[2] or ratio[4]), int(ratio[3] or ratio[5]))
-        return -value if ratio[1] == "-" else value
+        return Fraction(int(ratio[2] or ratio[4]), int(ratio[3] or ratio[5])) * (-1 if ratio[1] == "-" else 1)
 
 
 def small(*numbers):
@@ -323,124 +328,116 @@ def small(*numbers):
 
 
 def close(a, b):
-    """Equal to 6 decimals, as 1/3 and 0.333333; below 1e-3 to a relative 1e-6 (Math-Verify takes all numbers < 5e-7 for equal)."""
+    """Equal to 6 decimals, like 1/3 and 0.333333; below 1e-3 to a relative 1e-6 (Math-Verify: 5e-7 is 0)."""
     size = max(abs(a), abs(b))
     return bool(abs(a - b) <= (5e-7 if size >= 1e-3 else 1e-6 * size))
 
 
 def same_number(a, b):
-    """Exact, unless one is written with decimals."""
+    """Exact, unless one of them is written with decimals."""
     decimals = any(isinstance(v, Decimal) and v != v.to_integral_value() for v in (a, b))
     return a == b or decimals and small(a, b) and close(Fraction(a), Fraction(b))
 
 
 def choice(text):
-    """`\\text{(A)} 5`, `(A)`, `A. 5` or `A` -> (letter, rest)."""
-    found = re.fullmatch(r"\\text\{\s*\(?([A-Z])\)?[.:]?\s*\}[.:]?\s*(.*)|\(([A-Z])\)\s*(.*)|([A-Z])\)?(?:[.):]\s+(.*))?", text, re.S)
-    return ((found[1] or found[3] or found[5]), (found[2] or found[4] or found[6] or "").strip()) if found else ("", text)
+    """`\\text{(A)} 5`, `(A) 5`, `A. 5` or `A` -> (letter, rest)."""
+    found = re.fullmatch(r"\\text\{\s*\(?([A-Z])\)?[.:]?\s*\}[.:]?\s*(.*)|\(([A-Z])\)\s*(.*)|"
+                         r"([A-Z])\)?(?:[.):]\s+(.*))?", text)
+    return (found[1] or found[3] or found[5], found[2] or found[4] or found[6] or "") if found else ("", "")
+
+
+def compact(text):
+    """Without spaces and \\text{}; but 1 8 stays two numbers, and so does 32, 349."""
+    return re.sub(r"(?<![0-9,])\s+|\s+(?![0-9])", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip())
+
+
+def bracket(text):
+    """( [ or { (for \\{) if the text is one tuple, interval or set."""
+    text = text.lstrip("\\")
+    return text[0] if text[0] in "{([" and "," in text and enclosed(text) else ""
 
 
 def compare(gold, pred):
-    """True, False, or the list of (gold, pred) texts that computer algebra has to decide."""
+    """True, False, or the pairs [(gold, pred), ...] that computer algebra has to decide; one equal pair is enough."""
     if gold.strip() == pred.strip():
         return True
     (gold, gold_unit), (pred, pred_unit) = clean(gold), clean(pred)
-    if gold_unit and pred_unit and gold_unit != pred_unit and ({gold_unit, pred_unit} <= SHORT_UNITS or number(pred) is None):
-        return False    # 5 km is not 5 cm, 12:30 am is not pm
+    known = {gold_unit, pred_unit} <= SHORT_UNITS or number(pred) is None
+    if gold_unit and pred_unit and gold_unit != pred_unit and known:    # 5 km is not 5 cm, 12:30 am is not pm
+        return False
     (gold_letter, gold_rest), (pred_letter, pred_rest) = choice(gold), choice(pred)
     if gold_letter and pred_letter:
         return gold_letter == pred_letter
     gold, pred = gold_rest or gold, pred_rest or pred
-    if r"\pmod" in pred + gold or r"\bmod" in pred + gold:
-        parts = [re.split(r"\s*\(?\\[pb]?mod\b\s*", s) for s in (gold, pred)]
-        if len(parts[0]) == len(parts[1]) == 2 and parts[0][1].strip("{} )") != parts[1][1].strip("{} )"):
+    if re.search(r"\\[pb]mod", gold + pred):    # 7 \pmod{12} is 7, but not 7 \pmod{5}
+        (gold, *gold_mod), (pred, *pred_mod) = (re.split(r"\s*\(?\\[pb]mod\b\s*", s) for s in (gold, pred))
+        if gold_mod and pred_mod and gold_mod[0].strip("{} )") != pred_mod[0].strip("{} )"):
             return False
-        gold, pred = parts[0][0].strip(), parts[1][0].strip()
-    percent = [s.endswith(r"\%") for s in (gold, pred)]
-    gold, pred = (s[:-2].strip() if p else s for s, p in zip((gold, pred), percent))
+    percents = gold.endswith(r"\%") - pred.endswith(r"\%")    # 50\% is 50 and 0.5, but 50 is not 0.5
+    gold, pred = (re.sub(r"\s*\\%$", "", s) for s in (gold, pred))
     heads = [re.match(r"([a-zA-Z](?:_\{?\w+\}?)?)\s*(?:=|\\in(?![a-z])|\\equiv)\s*", s) for s in (gold, pred)]
-    for head in heads:    # x = 5 is 5, but x = 5 is not y = 5
-        if head and (not re.search(r"=|\\in(?![a-z])", pred if head is heads[0] else gold) or all(heads) and heads[0][1] == heads[1][1]):
-            gold, pred = (gold[head.end():], pred) if head is heads[0] else (gold, pred[head.end():])
-    a, b = (_compact(s) for s in (gold, pred))
-    if not a or not b:
-        return False
-    if a == b:
-        return True
+    plain = [not re.search(r"=|\\in(?![a-z])", s) for s in (gold, pred)]
+    same_head = all(heads) and heads[0][1] == heads[1][1]    # x = 5 is 5, but x = 5 is not y = 5
+    gold, pred = (s[h.end():] if h and (p or same_head) else s for s, h, p in zip((gold, pred), heads, reversed(plain)))
+    a, b = compact(gold), compact(pred)
+    if not a or not b or a == b:
+        return bool(a) and a == b
     x, y = number(a), number(b)
     if x is not None and y is None:
-        y = number(re.sub(r"(?<=[0-9])[msghl]$", "", b))    # 5m is 5 if a number is asked for; 2c is not 2
+        y = number(re.sub(r"(?<=[0-9])[msghl]$", "", b))    # 5m is 5; but 2c is not 2
     if x is not None and y is not None:
-        scale = Fraction(100) ** (percent[0] - percent[1])
+        scale = Fraction(100) ** percents
         return same_number(x, y) or scale != 1 and small(x, y) and close(Fraction(x), Fraction(y) * scale)
-    bases = [re.fullmatch(r"\(?([0-9A-F]+)\)?_\{?([0-9]{1,2})\}?", s) for s in (a, b)]
-    if any(bases):
-        return all(bases) and [m[1].lstrip("0") + "_" + m[2] for m in bases][0] == bases[1][1].lstrip("0") + "_" + bases[1][2]
+    bases = [re.fullmatch(r"\(?0*([0-9A-F]+)\)?_\{?([0-9]{1,2})\}?", s) for s in (a, b)]
+    if any(bases):    # 10110_2 is not 10110
+        return all(bases) and bases[0].groups() == bases[1].groups()
     ratios = [re.sub(r"^.*=", "", s).split(":") for s in (a, b)]
-    if min(map(len, ratios)) > 1:    # times and ratios: part by part, 12:30 is neither 10:25 nor 6:15
+    if min(map(len, ratios)) > 1:    # part by part: the time 12:30 is neither 10:25 nor 6:15
         return len(ratios[0]) == len(ratios[1]) and all(
-            p == q or None not in (number(p), number(q)) and number(p) == number(q) for p, q in zip(*ratios))
-    if {_bracket(a), _bracket(b)} in ({"{", "("}, {"{", "["}):    # a set is neither a tuple nor an interval
+            p == q or number(p) is not None and number(p) == number(q) for p, q in zip(*ratios))
+    if {bracket(a), bracket(b)} in ({"{", "("}, {"{", "["}):    # a set is neither a tuple nor an interval
         return False
-    if re.fullmatch(r"[A-Z]{2,}", a) and re.fullmatch(r"[A-Z]{2,}", b):    # the line ABC: letters in order, not a product
+    if re.fullmatch(r"[A-Z]{2,}", a) and re.fullmatch(r"[A-Z]{2,}", b):    # ABC is an order or a name, not a product
         return False
     words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}", re.sub(r"\\(?:begin|end)\{[a-z]*\}", "", gold + " " + pred))
     if r"\text" in gold + pred or not FUNCTIONS.issuperset(words):    # prose: "5 apples and 3 oranges" is not 5
         return a.casefold() == b.casefold()
-    if len(gold) > MAX_CHARS:
-        return False
-    pairs = [(gold, pred)]
-    if percent[0] != percent[1]:
-        pairs.append((gold, r"\frac{%s}{100}" % pred) if percent[1] else (r"\frac{%s}{100}" % gold, pred))
-    if r"^\circ" in gold + pred:    # 30^\circ is 30 and \pi/6, but inside \sin only the radians are meant
-        radians = [s.replace(r"^\circ", r"\cdot\frac{\pi}{180}") for s in (gold, pred)]
-        plain = [] if re.search(r"\\(sin|cos|tan|cot|sec|csc)", gold + pred) else [tuple(s.replace(r"^\circ", "") for s in (gold, pred))]
-        pairs = plain + [tuple(radians)]
+    pairs = [(gold, pred)] if len(gold) <= MAX_CHARS else []
+    if percents:
+        pairs.append((gold, r"\frac{%s}{100}" % pred) if percents < 0 else (r"\frac{%s}{100}" % gold, pred))
+    if r"^\circ" in gold + pred:    # 30^\circ is 30 and \pi/6, but inside \sin only \pi/6
+        units = [r"\cdot\frac{\pi}{180}"] + [""] * (not re.search(r"\\(sin|cos|tan|cot|sec|csc)", gold + pred))
+        pairs = [(gold.replace(r"^\circ", unit), pred.replace(r"^\circ", unit)) for unit in units]
     return pairs
-
-
-def _compact(text):
-    """Without spaces and \\text{}; but 1 8 stays two numbers, and 32, 349 too."""
-    return re.sub(r"(?<![0-9,])\s+|\s+(?![0-9])", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip())
-
-
-def _bracket(text):
-    """The opening bracket if one pair of brackets encloses the whole text, with a comma in it: a set, tuple or interval."""
-    if text.startswith("\\{") and text.endswith("\\}"):
-        return "{"
-    return text[0] if text[0] in "([" and "," in text and _closes(text) == len(text) - 1 else ""
 
 
 # ---------------------------------------------------------------- computer algebra, in the worker process only
 def algebra_equal(gold, pred):
-    """Math-Verify's parser and comparison, with letter case kept and numbers compared by `close` instead of by rounding."""
-    from latex2sympy2_extended import NormalizationConfig
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
+    """Math-Verify's parser and comparison, but with the case of letters kept, and numbers compared by number_equal."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
     from math_verify.parser import get_last_eq
-    # units stay off: that list strips the letters c, d, h, o, t from the end, so that 2c equals 2
-    norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    real = not (should_treat_as_complex(gold) or should_treat_as_complex(pred))
+    # units off: its list strips the letters c, d, h, o, t from the end, so that 2c would equal 2
+    normal = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    options = dict(is_real=not (should_treat_as_complex(gold) or should_treat_as_complex(pred)),
+                   normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
 
     def parse(text):
-        text = normalize_latex(text, norm)
-        options = dict(is_real=real, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
+        text = normalize_latex(text, normal)
         try:
             return latex2sympy(text, **options)
-        except Exception:    # ANTLR raises bare Exception; a chain a = b = c does not parse as a whole, its last link may
+        except Exception:    # ANTLR raises bare Exception; of a chain a = b = c that does not parse, the last link may
             if get_last_eq(text) == text:
                 raise
             return latex2sympy(get_last_eq(text), **options)
 
     a, b = parse(gold), parse(pred)
-    verdict = _numbers_equal(a, b)
-    if verdict is None:
-        verdict = verify(a, b, timeout_seconds=None, allow_set_relation_comp=True)
-    return bool(verdict)
+    verdict = number_equal(a, b)
+    return bool(verify(a, b, timeout_seconds=None, allow_set_relation_comp=True) if verdict is None else verdict)
 
 
-def _numbers_equal(a, b):
+def number_equal(a, b):
     """True or False if both SymPy objects are numbers, else None."""
     from sympy import Expr, Float, I
     if not (isinstance(a, Expr) and isinstance(b, Expr)) or a.is_Matrix or b.is_Matrix:
@@ -449,8 +446,8 @@ def _numbers_equal(a, b):
     if not (a.is_number and b.is_number):
         return None
     if a.is_finite is False or b.is_finite is False:
-        return a == b and a.is_extended_real is True    # infinity is an answer, 1/0 and nan are not
-    if a.is_Rational and b.is_Rational and not (a.has(Float) or b.has(Float)):
+        return a == b and a.is_extended_real is True    # infinity is an answer; 1/0 and nan are not
+    if a.is_Rational and b.is_Rational:
         return a == b
     if a.has(Float) or b.has(Float):
         return close(a.evalf(40), b.evalf(40))
@@ -458,60 +455,78 @@ def _numbers_equal(a, b):
 
 
 class OutOfTime(BaseException):
-    """BaseException, so that no `except Exception` in the parser can swallow it."""
+    """A BaseException, so that no `except Exception` inside a parser can swallow it."""
 
 
 def worker():
-    """Answers JSON lines [seconds, [[gold, pred], ...]] from standard input with [score, status]."""
+    """Answers JSON lines [seconds, [[gold, pred], ...]] on standard input with JSON lines [score, status]."""
     import logging
+    import resource
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)    # whatever a library prints must not look like an answer
     logging.disable(logging.CRITICAL)
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))    # (10^9)! is to fail here, not to fill the machine
-    except (ImportError, ValueError, OSError):
-        pass    # not on this platform: the timeout still holds
-    algebra_equal("\\frac{1}{2}+x", "x+\\frac{1}{2}")    # import everything before the clock starts
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))    # bytes; (10^9)! is to fail, not to fill memory
 
     def alarm(signum, frame):
         raise OutOfTime
 
     signal.signal(signal.SIGALRM, alarm)
+    algebra_equal(r"\frac{1}{2}+x", r"x+\frac{1}{2}")    # imports everything before the clock starts
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         seconds, pairs = json.loads(line)
         result = [0.0, "unparsable"]
+        faulthandler.dump_traceback_later(seconds + 5, exit=True)    # in case the parent is no longer there to kill it
         try:
-            faulthandler.dump_traceback_later(seconds + 5, exit=True)    # if the parent is no longer there to kill it
             signal.setitimer(signal.ITIMER_REAL, seconds)
             for gold, pred in pairs:
                 try:
                     result = [float(algebra_equal(gold, pred)), "ok"]
-                except Exception:    # parser and SymPy raise nearly every type on odd input: this pair is unparsable
+                except Exception:    # on odd input the parser and SymPy raise nearly every type: unparsable
                     continue
                 if result[0]:
                     break
             signal.setitimer(signal.ITIMER_REAL, 0)
         except OutOfTime:
             result = [0.0, "timeout"]
+        faulthandler.cancel_dump_traceback_later()
         print(json.dumps(result), file=out, flush=True)
 
 
 class Worker:
-    """One child process `python rewards.py --worker`: it imports no torch, and can be killed at any moment."""
+    """A child process `python rewards.py --worker`, started on first use; imports no torch, may be killed at any time."""
 
     def __init__(self):
         self.process = self.owner = None
+        self.lock = threading.Lock()
+
+    def ask(self, pairs, seconds):
+        """(score, status) of [(gold, pred), ...] within `seconds`; one that hangs or dies is killed and replaced."""
+        with self.lock:
+            if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
+                self.start()
+            try:
+                self.process.stdin.write(json.dumps([seconds - 1, pairs]).encode() + b"\n")
+                self.process.stdin.flush()
+                line = self.read(seconds)
+            except BrokenPipeError:
+                line = ""
+            if line:
+                return tuple(json.loads(line))
+            self.stop()
+            return 0.0, "error" if line == "" else "timeout"
 
     def start(self):
         self.stop()
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=True)    # own session: Ctrl-C is the parent's
-        self.owner, self.finalizer = os.getpid(), weakref.finalize(self, _end, self.process, os.getpid())
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        start_new_session=True)    # Ctrl-C is for the parent alone
+        self.owner = os.getpid()
+        self.finalizer = weakref.finalize(self, end_process, self.process, self.owner)
         if self.read(60) != "ready":
             self.stop()
-            raise RuntimeError("the math-verify worker did not start; its error is above (pip install 'math-verify>=0.9')")
+            raise RuntimeError("the math-verify worker did not start, see above (pip install 'math-verify>=0.9')")
 
     def stop(self):
         if self.process:
@@ -519,31 +534,13 @@ class Worker:
         self.process = None
 
     def read(self, seconds):
-        """One line, None on silence, '' if the process died. Answers are short, so a line arrives in one piece."""
+        """One line, None on silence, "" if the process died. Lines are short and so arrive in one piece."""
         poll = select.poll()    # select.select cannot watch descriptors above 1023
         poll.register(self.process.stdout, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            return None
-        return os.read(self.process.stdout.fileno(), 4096).decode().strip()
-
-    def ask(self, pairs, seconds):
-        """(score, status) for [(gold, pred), ...], within `seconds`; a worker that hangs or dies is killed and replaced."""
-        if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
-            self.start()
-        try:
-            self.process.stdin.write(json.dumps([seconds - 1, pairs]).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self.read(seconds)
-        except OSError:    # broken pipe: it died
-            line = ""
-        if not line:
-            self.stop()
-            return 0.0, "error" if line == "" else "timeout"
-        value, status = json.loads(line)
-        return value, status
+        return os.read(self.process.stdout.fileno(), 4096).decode().strip() if poll.poll(seconds * 1000) else None
 
 
-def _end(process, owner):
+def end_process(process, owner):
     if owner == os.getpid():    # a forked child must not kill its parent's worker
         process.kill()
         process.wait()
@@ -552,13 +549,11 @@ def _end(process, owner):
 
 
 class Scorer:
-    """Scores batches. Computer algebra is spread over `workers` processes (0: the one that `score` uses); `timeout` seconds each.
-
-    scorer([(task, response, problem), ...]) -> [(score, status), ...] in the same order.
-    """
+    """scorer([(task, response, problem), ...]) -> [(score, status), ...] in the same order. Computer algebra is spread
+    over `workers` processes (0: the one that `score` uses), with `timeout` seconds for each response."""
 
     def __init__(self, workers=2, timeout=6):
-        assert workers >= 0 and timeout >= 2, f"workers {workers} >= 0, timeout {timeout} >= 2 s"
+        assert workers >= 0 and timeout >= 2, f"need workers >= 0 and timeout >= 2 s, got {workers} and {timeout}"
         self.workers, self.timeout = [Worker() for _ in range(workers)] or [SINGLE], timeout
 
     def __call__(self, items):
@@ -566,12 +561,12 @@ class Scorer:
         queue = deque(i for i, r in enumerate(results) if isinstance(r, list))
 
         def drain(worker):
-            while queue:
+            while True:
                 try:
                     i = queue.popleft()
-                except IndexError:    # another thread was faster
+                except IndexError:
                     return
-                results[i] = _ask(worker, results[i], self.timeout)
+                results[i] = worker.ask(results[i], self.timeout)
 
         if queue:
             with ThreadPoolExecutor(len(self.workers)) as pool:
@@ -579,7 +574,7 @@ class Scorer:
                     for done in [pool.submit(drain, w) for w in self.workers]:
                         done.result()
                 finally:
-                    queue.clear()    # on Ctrl-C the threads finish the item they are at, not the batch
+                    queue.clear()    # on Ctrl-C the threads finish the response they are at, not the batch
         return results
 
     def close(self):
@@ -593,34 +588,29 @@ class Scorer:
         self.close()
 
 
-# ---------------------------------------------------------------- the two functions to call
-TASKS = {"chainsum": chainsum, "add": add, "countdown": countdown, "math": math, "tableqa": tableqa, "kk": kk, "qa": qa}
-SINGLE, SINGLE_LOCK = Worker(), threading.Lock()
+# ---------------------------------------------------------------- the functions to call
+TASKS = {"chainsum": chainsum, "add": add, "countdown": countdown, "tableqa": tableqa, "kk": kk, "qa": qa, "math": math}
+SINGLE = Worker()
 
 
 def judge(task, response, problem):
+    """(score, status), or what `math` leaves to computer algebra."""
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; did you mean {' or '.join(difflib.get_close_matches(task, TASKS, 3, 0) or TASKS)}?")
+        near = difflib.get_close_matches(task, TASKS, cutoff=0.5) or sorted(TASKS)
+        raise ValueError(f"unknown task {task!r}; did you mean {', '.join(near)}?")
     if not isinstance(response, str):
         return 0.0, "unparsable"
     return TASKS[task](response, **problem)
 
 
-def _ask(worker, pairs, seconds):
-    if worker is not SINGLE:
-        return worker.ask(pairs, seconds)
-    with SINGLE_LOCK:
-        return worker.ask(pairs, seconds)
-
-
 def grade(task, response, **problem):
-    """(score in [0, 1], status) of one response; works in any thread."""
+    """(score in [0, 1], status) of one response; may be called in any thread."""
     result = judge(task, response, problem)
-    return _ask(SINGLE, result, 5) if isinstance(result, list) else result
+    return SINGLE.ask(result, 5) if isinstance(result, list) else result
 
 
 def score(task, response, **problem):
-    """Score in [0, 1] of one response: never raises on any response, and returns within 8 s."""
+    """Score in [0, 1] of one response; never raises on any response, and returns within 8 s."""
     return grade(task, response, **problem)[0]
 
 

@@ -58,16 +58,16 @@ class Config:
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
     template: str = flag("none", "prompt template: none, orz, r1, tinyzero, qwen_math, chat")
 
-    steps: int = flag(120, "rollouts; each is followed by --updates gradient steps")
+    steps: int = flag(100, "rollouts; each is followed by --updates gradient steps")
     prompts: int = flag(32, "prompts per step")
     samples: int = flag(16, "responses per prompt: the group")
-    updates: int = flag(2, "gradient steps per rollout: mini-batches of whole groups, each used once")
+    updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups, each used once")
     epochs: int = flag(1, "passes over each rollout")
     max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
     max_new_tokens: int = flag(0, "longest response (default: 1024 with --model, else twice the longest demonstration)")
     temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained")
 
-    lr: float = flag(5e-4, "learning rate; 1e-6 is usual for 3B to 7B")
+    lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B")
     warmup: int = flag(0, "steps of linear warm-up; then the rate is constant, whatever --steps is")
     weight_decay: float = flag(0.01, "of matrices; norms and biases have none")
     clip_norm: float = flag(1.0, "largest gradient norm")
@@ -85,7 +85,7 @@ class Config:
     resume: bool = flag(False, "continue the run in --out from its last checkpoint, bit for bit")
     eval_every: int = flag(10, "steps between held-out evaluations")
     eval_problems: int = flag(512, "held-out problems, one sampled response each")
-    save_every: int = flag(60, "steps between checkpoints; the last step is always saved")
+    save_every: int = flag(50, "steps between checkpoints; the last step is always saved")
     keep: int = flag(2, "newest checkpoints kept")
     threads: int = flag(1, "CPU threads: more than the free cores is many times slower than one")
 
@@ -221,7 +221,9 @@ def load_model(source) -> Model:
         model = shard(model)
     model = model.to_empty(device=DEVICE).load_weights()
     if dist.is_initialized():
-        model(torch.zeros(1, 1, dtype=torch.long, device=DEVICE))  # lets FSDP see that the root is the root
+        with torch.no_grad():
+            forward(model, [], [])  # FSDP learns which module is the root from the first that runs
+        model.reshard()  # the root stays gathered after a forward; an optimizer must see the shards
     return model
 
 

@@ -51,8 +51,10 @@ def m2po(x, budget=0.04, eps_low=0.3, eps_high=0.5):
     n, above = outward.sum().to(s), torch.arange(s.numel(), 0, -1, device=s.device)
     t2 = (budget * n - (s.cumsum(0) - s)) / above  # spends the budget if the first cut token is this one
     cut = (t2 <= s) & (above <= n)
-    t = torch.where(cut.any(), t2[cut.int().argmax()], s[-1]).clamp(min=0).sqrt()
-    return ppo(x, 1 - (-(-t).expm1()).clamp(min=eps_low), 1 + t.expm1().clamp(min=eps_high))
+    t = torch.where(cut.any(), t2[cut.int().argmax()], 20.0**2).sqrt()  # within the budget: |log r| <= 20 is no clip
+    band_low, band_high = 1 - (-(-t).expm1()).clamp(min=eps_low), 1 + t.expm1().clamp(min=eps_high)
+    x.metrics |= {"band_low": band_low, "band_high": band_high}
+    return ppo(x, band_low, band_high)
 
 
 # ---- Ratios of a prefix, of a whole response -----------------------------------------------------------------

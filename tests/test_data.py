@@ -351,8 +351,8 @@ def test_bad_names_get_one_line_that_helps(call, words):
 
 def test_import_is_light_and_alone():
     """The newcomer's run must not need datasets, nor wait for it; and data.py knows no other component."""
-    code = "import sys, data; print({'datasets', 'torch', 'transformers', 'rewards', 'model'} & set(sys.modules) or 'none')"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "none"
+    code = "import sys, data; print([m for m in ('datasets', 'torch', 'transformers', 'rewards') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_command_line():
@@ -792,7 +792,8 @@ def test_overlap_finds_copies_and_shared_runs_of_words():
 ADD = Problem("What is 1+1?", {"answer": "2"}, "math")
 COUNTDOWN = Problem("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"}, "countdown")
 START = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-         "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.")
+         "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+         "answer.")
 
 
 def test_templates_are_the_published_texts():
@@ -804,9 +805,9 @@ def test_templates_are_the_published_texts():
         "your final answer will be extracted automatically by the \\boxed{} tag.\nWhat is 1+1?\nAssistant: <think>")
     assert data.render(ADD, "r1") == (
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
-        "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. The "
-        "reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, "
-        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+        "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
+        "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
+        "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
         "User: What is 1+1?\nPut your final answer within \\boxed{}.\nAssistant: <think>")
     assert data.render(ADD, "qwen_math") == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"

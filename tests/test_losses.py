@@ -94,7 +94,8 @@ def golden_error(name, arguments, loss, grad_sum, first_row):
     ours, metrics = policy_loss(name, logp, Q.log(), ADV, MASK, entropy=ENTROPY, **arguments)
     grad, = torch.autograd.grad(ours, logp)
     row = f64([float(v) for v in first_row.split()])
-    return (abs(ours.item() - loss), abs(grad.abs().sum().item() - grad_sum), (grad[0] - row).abs().max().item()), metrics
+    errors = ours.item() - loss, grad.abs().sum().item() - grad_sum, (grad[0] - row).abs().max().item()
+    return [abs(e) for e in errors], metrics
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c[0]}-{c[2]:.4f}")
@@ -268,13 +269,10 @@ def bapo(b):
 
 def m2po(b):
     d2 = b.d[(b.A * b.d > 0) & (b.m > 0)] ** 2
-    t, top = 0.0, math.sqrt(d2.max())
-    if d2.mean() <= .04:
-        t = top
-    else:
-        for _ in range(200):
-            middle = (t + top) / 2
-            t, top = (middle, top) if np.minimum(d2, middle**2).mean() <= .04 else (t, middle)
+    t, top = 0.0, 20.0  # 20: no clip
+    for _ in range(200):
+        middle = (t + top) / 2
+        t, top = (middle, top) if np.minimum(d2, middle**2).mean() <= .04 else (t, middle)
     return band(b, 1 - max(1 - math.exp(-t), .3), 1 + max(math.exp(t) - 1, .5))
 
 
@@ -388,13 +386,14 @@ BATCH_STATISTICS = {"bapo", "m2po", "clip_cov", "kl_cov"}  # and acpo, unless it
 
 
 def random_batch(seed, groups=3, group=4, T=8, dtype=torch.float64):
-    """Responses of 0 to T tokens, some with a hole, half of the tokens well off policy, all probabilities below 1."""
+    """Responses of 0 to T tokens, some with a hole; odd seeds are far off policy; all probabilities are below 1."""
     rng = np.random.default_rng(seed)
     B = groups * group
     mask = (np.arange(T) < rng.integers(0, T + 1, B)[:, None]) & (rng.random((B, T)) > .1)
     mask[0] = True
-    logq = -rng.exponential(1.2, (B, T)) - .02
-    logp = np.minimum(logq + rng.normal(0, 1, (B, T)) * rng.choice([.1, 1.2], (B, T)), -.01)
+    logq = -rng.exponential(1.5, (B, T)) - .02
+    spread = rng.choice([.1, .5, 2.5] if seed % 2 else [.02, .05, .1, .1, .6], (B, T))
+    logp = np.minimum(logq + rng.normal(0, 1, (B, T)) * spread, -.01)
     reward = rng.integers(0, 2, B).astype(float)
     A = rng.normal(0, 1.5, B)
     batch = dict(logp=logp, old_logp=logq, adv=A, mask=mask.astype(float), entropy=rng.exponential(1, (B, T)),
@@ -474,6 +473,9 @@ def test_the_random_tokens_reach_every_case():
         for sign in (-1, 1):
             assert ((r > low) & (r < high) & (A * sign > 0) & (m > 0)).any(), (low, high, sign)
     assert set((p[m > 0] * 5).astype(int)) == set(range(5))
+    for name in ("bapo", "m2po"):  # bands that a batch chooses: more than one choice
+        chosen = [loss_and_grad(name, random_batch(s))[2] for s in range(8)]
+        assert all(len({round(c[k].item(), 6) for c in chosen}) > 1 for k in ("band_low", "band_high")), name
 
 
 def test_names_and_hyperparameters_of_the_contract():
@@ -552,6 +554,8 @@ def check_order(name, batch, seed):
     pick, G, (B, T) = torch.Generator().manual_seed(seed), batch["group_size"], batch["mask"].shape
     groups = torch.randperm(B // G, generator=pick).tolist()
     rows = torch.cat([g * G + torch.randperm(G, generator=pick) for g in groups])
+    if name == "kl_cov" and np.abs(covariance(numpy_view(batch)) * batch["mask"].numpy()).max() < 1e-9:
+        return  # one response: every token ties for the highest covariance
     cols = torch.arange(T) if name == "ctpo" else torch.randperm(T, generator=pick)
     loss, grad, _ = loss_and_grad(name, batch)
     moved = {k: v[rows][:, cols] if v.dim() == 2 else v[rows] for k, v in batch.items() if isinstance(v, torch.Tensor)}
@@ -604,7 +608,7 @@ def test_micro_batches_add_up(name, seed, cut):
 @pytest.mark.parametrize("name", sorted(BATCH_STATISTICS))
 def test_batch_statistics_do_not_add_up(name):
     """The list of exceptions is honest: these depend on what shares the micro-batch."""
-    assert max(check_split(name, random_batch(seed), 5) for seed in range(6)) > 1e-3
+    assert max(check_split(name, random_batch(seed), 5) for seed in range(6)) > 1e-4
 
 
 def test_acpo_without_the_moments_depends_on_the_micro_batch():
@@ -816,7 +820,8 @@ def test_kl_to_a_reference_is_added_with_its_weight():
 
 @pytest.mark.parametrize("call, nearest", [
     (lambda b: policy_loss("dpao", **b), "dapo"), (lambda b: policy_loss("gspoo", **b), "gspo"),
-    (lambda b: policy_loss("dapo", **b, eps_hihg=.3), "eps_high"), (lambda b: policy_loss("acpo", **b, alhpa=1), "alpha"),
+    (lambda b: policy_loss("dapo", **b, eps_hihg=.3), "eps_high"),
+    (lambda b: policy_loss("acpo", **b, alhpa=1), "alpha"),
     (lambda b: policy_loss("grpo", **b, agg="tokenmean"), "token-mean"),
     (lambda b: policy_loss("ar_lopti", **b, part="hihg"), "high"), (lambda b: policy_loss("gpg", **b, eps=1), "none"),
     (lambda b: policy_loss("grpo", **b, sampler_logp=b["logp"], correction="icepopp"), "icepop"),
@@ -836,7 +841,7 @@ def test_advantage_of_any_shape():
 
 
 def test_pass_rate_comes_from_the_rewards_of_each_group():
-    batch = random_batch(3)
+    batch = random_batch(5)
     rate = batch["reward"].view(-1, 4).mean(1).repeat_interleave(4)
     assert len(set(rate.tolist())) > 1
     for name in ("etr", "gapo"):
@@ -877,7 +882,8 @@ def test_gradient_flows_to_logp_alone():
     batch = random_batch(2)
     watched = {k: v.clone().requires_grad_() for k, v in batch.items() if isinstance(v, torch.Tensor) and k != "mask"}
     for name in OBJECTIVES:
-        loss, _ = policy_loss(name, **(batch | watched), sampler_logp=watched["old_logp"], ref_logp=watched["old_logp"])
+        old = watched["old_logp"]
+        loss, _ = policy_loss(name, **(batch | watched), sampler_logp=old, ref_logp=old, kl_beta=.1)
         grads = dict(zip(watched, torch.autograd.grad(loss, watched.values(), allow_unused=True)))
         assert grads.pop("logp") is not None and all(g is None for g in grads.values()), name
 
@@ -903,8 +909,9 @@ assert any("my_wider_grpo" in names for names in families().values())
 
 def test_your_own_objective_in_ten_lines(tmp_path):
     """It is in OBJECTIVES, hence in --loss, in the figure, and in every property above, without another line."""
+    skip = shutil.ignore_patterns("__pycache__", "*.png", "*.json*")
     for folder in ("experiments", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "fig*"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
     text = (ROOT / "losses.py").read_text()
     place = text.index("# ---- From token losses")
     (tmp_path / "losses.py").write_text(text[:place] + MINE + text[place:])
