@@ -574,7 +574,7 @@ def read_rows(path):
     while True:  # JSON value after JSON value, so that each one's line is known
         start = gap.match(text, at).end()
         line += text.count("\n", at, start)
-        if text[start:start + 1] in ("", "]"):
+        if start == len(text) or text[start] == "]" and path.suffix == ".json":
             break
         try:
             row, at = decode(text, start)
@@ -588,7 +588,7 @@ def read_rows(path):
 
 def file_problem(row):
     """A row of a local file as a Problem; ValueError says what is wrong with it."""
-    if isinstance(row, list) and len(row) == 2:
+    if isinstance(row, list) and len(row) == 2 and all(isinstance(x, dict) and "from" in x for x in row):
         return orz({"0": row[0], "1": row[1]})  # Open-Reasoner-Zero's own file
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with prompt and answer, not {type(row).__name__}")
@@ -624,13 +624,13 @@ def load_file(path):
     for number, row in read_rows(path):
         try:
             p = file_problem(row)
-            id, group = (str(row.get(k) or "") if isinstance(row, dict) else "" for k in ("id", "group"))
-            id = id or f"{path.stem}-{number}"
+            given = {k: str(v) for k, v in row.items() if v not in (None, "")} if isinstance(row, dict) else {}
+            id = given.get("id", f"{path.stem}-{number}")
             if ids.setdefault(id, number) != number:  # results are stored and compared by id
                 raise ValueError(f"the id {id!r} is that of {what} {ids[id]} already")
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise ValueError(f"{path} {what} {number}: {e}") from None
-        problems.append(Problem(p.prompt, p.answer, p.task, id, group))
+        problems.append(Problem(p.prompt, p.answer, p.task, id, given.get("group", "")))
     if not problems:
         raise ValueError(f"{path} {what} 1: the file holds no rows")
     return problems

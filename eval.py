@@ -1,9 +1,9 @@
 """A checkpoint in, a table of benchmark scores out.
 
-    python eval.py runs/default                                    # a run's newest checkpoint, on what it was trained for
+    python eval.py runs/default                                  # a run's newest checkpoint, on what it was trained for
     python eval.py Qwen/Qwen2.5-7B --suite math --template qwen_math --max_new_tokens 3072
     torchrun --nproc_per_node=8 eval.py ckpt/ --tasks math500,aime24 --n 32 --k 1,8,32
-    python eval.py ckpt/ --compare other/results.json              # paired difference, and whether it is noise
+    python eval.py ckpt/ --compare other/results.json            # paired difference, and whether it is noise
 
 Writes results.json, samples_<task>.jsonl (n responses per question) and greedy_<task>.jsonl (one). The sample files are
 written as the work goes on: killed and started again, it continues; responses are kept, grades are always made anew.
@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections import Counter, defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,51 +35,45 @@ SUITES = {"math": "math500 aime24 aime25 amc23 minerva olympiadbench gsm8k".spli
           "logic": "countdown_hub kk_hub hitab".split(), "offline": list(data.TASKS)}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 MAIN = RANK == 0
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-# ---- Statistics: all shares are fractions, the table prints percent ----------------------------------------------------
+# ---- Statistics: all shares are fractions, the table prints percent --------------------------------------------------
 
 def pass_at_k(n, c, k):
-    """Chance that k of n samples, c of them right, include a right one: 1 - C(n-c,k) / C(n,k), unbiased, as a product that
-    never overflows (HumanEval, arXiv 2107.03374)."""
+    """Chance that k of n samples, c of them right, hold a right one: 1 - C(n-c,k) / C(n,k), unbiased, as a product that
+    cannot overflow (HumanEval, arXiv 2107.03374)."""
     return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
 def standard_error(values, groups=None):
-    """Standard error of the mean over questions, std(values, ddof=1) / sqrt(Q); clustered where questions share a group:
-    sqrt(C/(C-1) * sum over C clusters of (sum of its deviations)^2) / Q (Miller, arXiv 2411.00640, and the usual small
-    sample factor, which makes clusters of one give the first formula). None if there is but one cluster."""
-    mean, sums = math.fsum(values) / len(values), defaultdict(list)
+    """Of the mean over Q questions: std(values, ddof=1) / sqrt(Q). Where questions share a group, clustered:
+    sqrt(C / (C-1) * sum over the C clusters of (sum of deviations)^2) / Q (Miller, arXiv 2411.00640, with the usual
+    small-sample factor, so that clusters of one give the first formula). None if there is one cluster only."""
+    mean, clusters = math.fsum(values) / len(values), defaultdict(list)
     for i, value in enumerate(values):
-        sums[groups[i] if groups and groups[i] else i].append(value - mean)
-    C = len(sums)
-    return math.sqrt(C / (C - 1) * math.fsum(math.fsum(s)**2 for s in sums.values())) / len(values) if C > 1 else None
-
-
-def per_question(rows, n):
-    """[(mean score, number of fully right samples, group)] of rows that are question-major, n samples each."""
-    blocks = [rows[i:i + n] for i in range(0, len(rows), n)]
-    return [(math.fsum(r["score"] for r in b) / n, sum(r["score"] == 1 for r in b), b[0]["group"]) for b in blocks]
+        clusters[groups[i] if groups and groups[i] else i].append(value - mean)
+    C, total = len(clusters), math.fsum(math.fsum(c)**2 for c in clusters.values())
+    return math.sqrt(C / (C - 1) * total) / len(values) if C > 1 else None
 
 
 def score_rows(rows, n, ks=(1,)):
-    """All numbers of one benchmark, for question-major rows of n samples; keys as lm-eval's where it has them."""
-    means, right, groups = zip(*per_question(rows, n))
-    result = {"exact_match,none": math.fsum(means) / len(means), "exact_match_stderr,none": standard_error(means, groups)}
-    for k in ks:
-        values = [pass_at_k(n, c, k) for c in right]
-        result[f"pass@{k},none"] = math.fsum(values) / len(values)
-        result[f"pass@{k}_stderr,none"] = standard_error(values, groups)
-    status = Counter(r["status"] for r in rows)
+    """All numbers of one task; rows are question-major, n samples each. Keys are lm-eval's where it has them."""
+    blocks = [rows[i:i + n] for i in range(0, len(rows), n)]
+    right, groups = [sum(r["score"] == 1 for r in b) for b in blocks], [b[0]["group"] for b in blocks]
+    values = {"exact_match": [math.fsum(r["score"] for r in b) / n for b in blocks],
+              **{f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in ks}}
+    result, status = {}, Counter(r["status"] for r in rows)
+    for name, v in values.items():
+        result |= {f"{name},none": math.fsum(v) / len(v), f"{name}_stderr,none": standard_error(v, groups)}
     return result | {
         f"avg@{n}": result["exact_match,none"], "se": result["exact_match_stderr,none"], "n": n, "k": list(ks),
-        "questions": len(means), "clusters": len({g or i for i, g in enumerate(groups)}),
+        "questions": len(blocks), "clusters": len({g or i for i, g in enumerate(groups)}),
         "truncated": sum(not r["finished"] for r in rows) / len(rows), "no_answer": status["no_answer"] / len(rows),
         "length": sum(r["length"] for r in rows) / len(rows), "status": dict(sorted(status.items()))}
 
 
-# ---- What to evaluate --------------------------------------------------------------------------------------------------
+# ---- What to evaluate ------------------------------------------------------------------------------------------------
 
 def read_json(path):
     try:
@@ -87,11 +82,17 @@ def read_json(path):
         raise ValueError(f"{path}: not JSON ({e})") from None
 
 
+def read_results(path):
+    if "results" not in (found := read_json(path)):
+        raise ValueError(f"{path}: not a results.json of eval.py")
+    return found["results"]
+
+
 def locate(name):
-    """(checkpoint, flags of the train.py run it belongs to or {}, where results go) for a run, a checkpoint or a hub id."""
+    """(checkpoint, flags of the train.py run it belongs to or {}, directory of the results)."""
     def flags(directory):
         found = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-        return found if "eval_problems" in found and "data" in found else {}
+        return found if {"data", "eval_data", "save_every"} <= set(found) else {}
     path = Path(name)
     if not path.is_dir():
         return name, {}, Path("runs") / f"eval-{name.strip('/').replace('/', '--')}"
@@ -99,46 +100,59 @@ def locate(name):
     if not run:
         return name, flags(path.resolve().parent), path
     if not (path / "latest").is_file():
-        raise ValueError(f"{path}: this run has no checkpoint yet; train.py writes one every {run['save_every']} steps and when "
-                         "it is stopped with Ctrl-C")
+        raise ValueError(f"{path}: this run has no checkpoint yet; train.py writes one every {run['save_every']} steps")
     return str(path / (path / "latest").read_text().strip()), run, path
+
+
+def known_tasks(args, run):
+    """{name in the results: task of data.load}."""
+    tasks = [t for t in args.tasks.split(",") if t] + SUITES.get(args.suite, [])
+    tasks = list(dict.fromkeys(tasks or ([run["eval_data"] or run["data"]] if run else SUITES["offline"])))
+    names = {Path(t).stem if Path(t).suffix in data.FILES else t: t for t in tasks}
+    for name, task in names.items():
+        if name == task and task not in data.TASKS and task not in data.SOURCES:
+            raise ValueError(data.nearest(task, [*data.TASKS, *data.SOURCES], "task") + "; --list shows all")
+    if len(names) < len(tasks):
+        raise ValueError(f"--tasks {','.join(tasks)}: two have the same name, and would write the same files")
+    return names
 
 
 def load_tokenizer(source):
     from transformers import AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"{source}: no tokenizer there ({str(e).strip().splitlines()[0]})") from None
 
 
 def longest_response(run, tasks):
-    """--max_new_tokens if it is not given: that of the run (train.py's 0 is resolved as it does), else long enough."""
-    if run and (run["max_new_tokens"] or run["model"]):
+    """The default of --max_new_tokens: the run's own (where its flag is 0, as train.py decides), else what fits."""
+    if not run:
+        return 3072 if any(t in data.SOURCES for t in tasks) else 1024
+    if run["max_new_tokens"] or run["model"]:
         return run["max_new_tokens"] or 1024
-    if run:
-        return 2 * max(len(r) for phase in ("skill", "habit") for _, r in data.demos(run["data"], 256, phase, run["seed"]))
-    return 3072 if any(t in data.SOURCES for t in tasks) else 1024
+    return 2 * max(len(r) for p in ("skill", "habit") for _, r in data.demos(run["data"], 256, p, run["seed"]))
 
 
 def load_questions(task, args, tokenizer, longest):
-    """[(Problem, prompt text, prompt ids)]; ValueError if a prompt is empty, too long, or loses characters on the way."""
+    """[(Problem, prompt text, prompt ids)], or the line that says which prompt the model cannot read."""
     problems = data.load(task, "test", n=args.limit or (512 if task in data.TASKS else None))
     texts = [data.render(p, args.template, tokenizer) for p in problems]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    for i, (problem, text, ids) in enumerate(zip(problems, texts, encoded.input_ids)):
+    for i, (p, text, ids) in enumerate(zip(problems, texts, encoded.input_ids)):
+        spans = encoded.offset_mapping[i] if tokenizer.is_fast else [(0, len(text))]
+        read = {at for a, b in spans for at in range(a, b)}
+        lost = [c for at, c in enumerate(text) if at not in read and not c.isspace()]  # dropped without a word
+        if lost:
+            raise ValueError(f"{task}: the tokenizer of the checkpoint cannot write {lost[0]!r} (prompt of {p.id}): "
+                             "it was made for another task; choose with --tasks")
         if not 0 < len(ids) <= longest:
-            raise ValueError(f"{task}: the prompt of {problem.id} has {len(ids)} tokens, allowed are 1 to {longest} (the model's "
-                             f"positions less --max_new_tokens {args.max_new_tokens}); lower that, or leave the question out")
-        if tokenizer.is_fast:  # tokenizers without an unknown token drop a character silently
-            read = {at for a, b in encoded.offset_mapping[i] for at in range(a, b)}
-            if lost := [c for at, c in enumerate(text) if at not in read and not c.isspace()]:
-                raise ValueError(f"{task}: the checkpoint's tokenizer cannot write {lost[0]!r} (prompt of {problem.id}); it was "
-                                 "made for another task: choose with --tasks")
+            raise ValueError(f"{task}: the prompt of {p.id} has {len(ids)} tokens, allowed are 1 to {longest} (the "
+                             f"model's positions less --max_new_tokens {args.max_new_tokens})")
     return list(zip(problems, texts, encoded.input_ids))
 
 
-# ---- Sampling and grading ----------------------------------------------------------------------------------------------
+# ---- Sampling and grading --------------------------------------------------------------------------------------------
 
 def gather(thing):
     """[thing of rank 0, thing of rank 1, ...] on every rank."""
@@ -148,270 +162,233 @@ def gather(thing):
     return parts
 
 
-def fingerprint(model, args, settings):
-    """12 hex digits of all that decides a response besides its prompt and index: weights (at most 4096 numbers of every
-    tensor, evenly spread), dtype and sampling flags."""
-    digest = hashlib.sha256(json.dumps([settings, args.max_new_tokens, args.template, model.eos_ids]).encode())
+def fingerprint(model, args, how):
+    """12 hex digits of what decides a response besides prompt and index: flags, and 4096 numbers of every tensor."""
+    digest = hashlib.sha256(json.dumps([how, args.max_new_tokens, args.template, model.eos_ids]).encode())
     for name, p in model.named_parameters():
-        some = p.detach().flatten()[::p.numel() // 4096 + 1].float().cpu()
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + some.numpy().tobytes())
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(p.detach().flatten()[::p.numel() // 4096 + 1].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def grade(rows, scorer, args):
-    extra = [{"acpo_compat": True} if args.acpo_compat and r["task"] == "math" else {} for r in rows]
-    grades = scorer([(r["task"], r["response"], r["answer"] | e) for r, e in zip(rows, extra)])
+def graded(rows, scorer, acpo_compat):
+    loose = [{"acpo_compat": True} if acpo_compat and r["task"] == "math" else {} for r in rows]
+    grades = scorer([(r["task"], r["response"], r["answer"] | how) for r, how in zip(rows, loose)])
     return [r | {"score": score, "status": status} for r, (score, status) in zip(rows, grades)]
 
 
-def stored(path, heads, run, n):
-    """The rows in `path` that are whole questions of this evaluation, in order, then those beyond its --limit. A file of
-    other flags or weights is set aside under its fingerprint, and one that was set aside is taken back."""
-    def read(path):
-        rows = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the last line of a killed run is half-written
-                break
-        return rows
-    rows, kept = read(path), Path(f"{path}.{run}")
-    if rows and rows[0].get("run") != run:
+def stored(path, heads, n):
+    """The rows in `path` that are whole questions of this evaluation, and after them those beyond its --limit. A file
+    of other flags or weights is renamed."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # where a killed run stopped writing
+            break
+    if rows and rows[0].get("run") != heads[0]["run"]:
         aside = path.rename(f"{path}.{rows[0].get('run')}")
-        tqdm.write(f"{path} was of other flags or weights: kept as {aside.name}")
-        rows = []
-    if not rows and kept.is_file():
-        rows = read(kept.rename(path))
-    good = next((i for i, (row, head) in enumerate(zip(rows, heads)) if any(row.get(k) != head[k] for k in head)), len(rows))
-    return rows[:good // n * n]
+        tqdm.write(f"{path} was of other flags or weights, and is now {aside.name}")
+        return []
+    same = [all(row.get(k) == v for k, v in head.items()) for row, head in zip(rows, heads)]
+    whole = (same.index(False) if False in same else len(rows)) // n * n
+    return rows[:whole]
 
 
-def collect(path, questions, settings, model, tokenizer, scorer, args):
-    """Rows of n graded responses to each question, question-major. Rank 0 has them all and appends them to `path`."""
-    n, temperature, top_p, seed = settings
-    run = fingerprint(model, args, settings)
+def collect(path, questions, how, model, tokenizer, scorer, args):
+    """n graded responses to each question, question-major, on rank 0, which appends them to `path` batch by batch."""
+    n, temperature, top_p, seed = how
+    run = fingerprint(model, args, how)
     heads = [{"id": p.id, "sample": j, "group": p.group, "task": p.task, "answer": p.answer, "prompt": text, "run": run}
              for p, text, _ in questions for j in range(n)]
-    rows = stored(path, heads, run, n) if MAIN else []
-    had, rows, beyond = rows, grade(rows[:len(heads)], scorer, args), rows[len(heads):]
-    if MAIN:  # without the half-written line, and with today's grades
-        aside = path.with_name(f".{path.name}")
-        aside.write_text("".join(json.dumps(r) + "\n" for r in rows + beyond))
-        aside.rename(path)
-        if had:
-            tqdm.write(f"{path}: {len(rows)} of {len(heads)} responses are there already")
+    had = stored(path, heads, n) if MAIN else []
+    rows, beyond = graded(had[:len(heads)], scorer, args.acpo_compat), had[len(heads):]
+    if MAIN:  # without a half-written line, and with today's grades
+        (path.parent / f".{path.name}").write_text("".join(json.dumps(r) + "\n" for r in rows + beyond))
+        (path.parent / f".{path.name}").rename(path)
     done, step = gather(len(rows))[0] // n, max(1, args.batch_size // n) * WORLD
     with open(path if MAIN else os.devnull, "a") as file, \
-            tqdm(total=len(heads), initial=done * n, desc=path.stem, unit="response", disable=not MAIN) as bar:
+            tqdm(total=len(heads), initial=done * n, desc=path.stem, unit=" responses", disable=not MAIN) as bar:
         for at in range(done, len(questions), step):
             mine = range(at + RANK, min(at + step, len(questions)), WORLD)
             rollouts = generate(model, [questions[i][2] for i in mine], n, args.max_new_tokens, temperature, top_p,
                                 seed=[seed * 2**40 + i for i in mine], stop=data.TEMPLATES[args.template].stop,
                                 tokenizer=tokenizer, progress=MAIN and args.max_new_tokens > 256)
             texts = tokenizer.batch_decode([r.tokens[r.prompt_len:] for r in rollouts], skip_special_tokens=True)
-            new = [heads[i * n + j] | {"response": "", "finished": False} for i in mine for j in range(n)]
-            for row, rollout, text in zip(new, rollouts, texts):
-                row |= {"response": text, "finished": rollout.finished, "length": len(rollout.logp)}
-            parts = gather(list(zip([i for i in mine for _ in range(n)], grade(new, scorer, args))))
-            new = [row for _, row in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
-            file.write("".join(json.dumps(r) + "\n" for r in new))
+            where = [i * n + j for i in mine for j in range(n)]
+            new = graded([heads[w] | {"response": text, "finished": r.finished, "length": len(r.logp)}
+                          for w, r, text in zip(where, rollouts, texts)], scorer, args.acpo_compat)
+            new = dict(pair for part in gather(list(zip(where, new))) for pair in part)
+            rows += [new[w] for w in sorted(new)]
+            file.write("".join(json.dumps(new[w]) + "\n" for w in sorted(new)))
             file.flush()
-            rows += new
             bar.update(len(new))
             bar.set_postfix_str(f"score {sum(r['score'] for r in rows) / len(rows):.3f}")
     return rows
 
 
-# ---- The table, and the comparison of two --------------------------------------------------------------------------------
+# ---- The table, and the comparison of two ----------------------------------------------------------------------------
 
 def table(lines):
-    """Rows of strings, the first is the header, as aligned text: the first column to the left, the others to the right."""
+    """Rows of strings, the header first, as aligned text."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+                     for row in lines)
 
 
-def with_error(value, error):
-    return f"{100 * value:.1f} ± " + ("-" if error is None else f"{100 * error:.1f}")
+def percent(value, error=None):
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
-def report(results):
-    """The table of a results map; scores and shares in percent, length in tokens."""
-    ks = sorted({k for r in results.values() for k in r["k"]})
-    n = next(iter(results.values()))["n"]
-    extra = ["greedy"] if any("greedy" in r for r in results.values()) else []
-    lines = [["task", f"avg@{n} ± SE", *(f"pass@{k}" for k in ks), *extra, "truncated", "no answer", "length", "questions"]]
-    for r in results.values():
-        lines.append([r["alias"], with_error(r[f"avg@{n}"], r["se"]), *(f"{100 * r[f'pass@{k},none']:.1f}" for k in ks),
-                      *(f"{100 * r[e]:.1f}" for e in extra), f"{100 * r['truncated']:.1f}%", f"{100 * r['no_answer']:.1f}%",
-                      f"{r['length']:.1f}", str(r["questions"])])
+def report(results, n, ks):
+    """Scores and shares in percent, length in tokens."""
+    lines = [["task", f"avg@{n} ± SE", *(f"pass@{k}" for k in ks), "greedy", "truncated", "no answer", "length",
+              "questions"]]
+    for name, r in results.items():
+        lines.append([name, percent(r[f"avg@{n}"], r["se"]), *(percent(r[f"pass@{k},none"]) for k in ks),
+                      *(percent(r[key]) for key in ("greedy", "truncated", "no_answer")), f"{r['length']:.1f}",
+                      str(r["questions"])])
     return table(lines)
 
 
 def scores_by_id(path, task):
-    """{question id: (mean score, answer, group)} of one task of a results.json, from the samples beside it."""
-    result, file = read_json(path)["results"][task], path.parent / f"samples_{task}.jsonl"
-    count = result["questions"] * result["n"]
+    """{question id: (mean score, group, answer)} of one task of a results.json, from the samples beside it."""
+    result, file = read_results(path)[task], path.parent / f"samples_{task}.jsonl"
+    n, count = result["n"], result["n"] * result["questions"]
     rows = [json.loads(line) for line in file.read_text().splitlines()[:count]] if file.is_file() else []
     if len(rows) < count or any(r["run"] != result["run"] for r in rows):
         raise ValueError(f"{file}: not the {count} samples that {path} was made of; evaluate that checkpoint again")
-    return {r["id"]: (q[0], r["answer"], q[2]) for r, q in zip(rows[::result["n"]], per_question(rows, result["n"]))}
+    return {rows[i]["id"]: (math.fsum(r["score"] for r in rows[i:i + n]) / n, rows[i]["group"], rows[i]["answer"])
+            for i in range(0, count, n)}
 
 
 def compare(ours, other):
-    """{task: paired difference ours - other over the questions both have, its standard error, and the verdict}."""
+    """{task: the paired difference ours - other over the questions that both results.json have}: Q differences, their
+    mean and its standard error; noise if the mean is below two of these."""
     differences = {}
-    for task in read_json(ours)["results"]:
-        if task not in read_json(other)["results"]:
-            continue
+    for task in (t for t in read_results(ours) if t in read_results(other)):
         a, b = scores_by_id(ours, task), scores_by_id(other, task)
         shared = [i for i in a if i in b]
-        if not shared or any(a[i][1] != b[i][1] for i in shared):
+        if not shared or any(a[i][2] != b[i][2] for i in shared):
             raise ValueError(f"--compare {other}: its {task} holds other questions; nothing can be paired")
-        d = [a[i][0] - b[i][0] for i in shared]
-        mean, se = math.fsum(d) / len(d), standard_error(d, [a[i][2] for i in shared])
-        noise = se is None or mean == 0 or abs(mean) < 2 * se
-        differences[task] = {"ours": math.fsum(a[i][0] for i in shared) / len(d), "questions": len(d), "difference": mean,
-                             "other": math.fsum(b[i][0] for i in shared) / len(d), "se": se, "noise": noise}
+        x, y, d = (math.fsum(v) / len(shared) for v in zip(*((a[i][0], b[i][0], a[i][0] - b[i][0]) for i in shared)))
+        se = standard_error([a[i][0] - b[i][0] for i in shared], [a[i][1] for i in shared])
+        verdict = "noise (below 2 SE)" if se is None or d == 0 or abs(d) < 2 * se else "better" if d > 0 else "worse"
+        differences[task] = dict(ours=x, other=y, difference=d, se=se, questions=len(shared), verdict=verdict)
     return differences
 
 
 def report_difference(differences):
-    lines = [["task", "this", "other", "difference ± SE", "questions", "verdict"]]
-    for task, d in differences.items():
-        verdict = "noise (below 2 SE)" if d["noise"] else "better" if d["difference"] > 0 else "worse"
-        lines.append([task, f"{100 * d['ours']:.1f}", f"{100 * d['other']:.1f}", with_error(d["difference"], d["se"]),
-                      str(d["questions"]), verdict])
-    return table(lines)
+    return table([["task", "this", "other", "difference ± SE", "questions", "verdict"]] + [
+        [task, percent(d["ours"]), percent(d["other"]), percent(d["difference"], d["se"]), str(d["questions"]),
+         d["verdict"]] for task, d in differences.items()])
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------------
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    def counts(text):
-        return sorted({int(x) for x in text.split(",")})
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"eval.py: {message}; --help lists every flag")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="run directory of train.py (its newest checkpoint), checkpoint directory, or hub id")
-    add("--tasks", default="", help="a,b,c: names of --list, or files (default: what the run was trained on, else offline)")
+    add("checkpoint", nargs="?", help="run directory of train.py (newest checkpoint), checkpoint directory or hub id")
+    add("--tasks", default="", help="a,b: names of --list, or files (default: what the run was trained on, or offline)")
     add("--suite", choices=list(SUITES), help="; ".join(f"{name}: {' '.join(tasks)}" for name, tasks in SUITES.items()))
     add("--n", type=int, default=8, help="responses per question (8)")
-    add("--k", type=counts, help="of pass@k, as 1,4,8 (default: 1 and n)")
-    add("--temperature", type=float, default=1.0, help="of sampling (1.0); the greedy pass has none")
+    add("--k", help="of pass@k, as 1,4,8 (default: 1 and n)")
+    add("--temperature", type=float, default=1.0, help="of sampling (1.0)")
     add("--top_p", type=float, default=1.0, help="of sampling (1.0)")
-    add("--greedy", action="store_true", help="only the greedy response to each question: n 1, temperature 0")
-    add("--max_new_tokens", type=int, help="longest response (default: the run's, else 3072 for hub sets and 1024 without)")
-    add("--template", help=f"{', '.join(data.TEMPLATES)} (default: the run's, else chat if the tokenizer has one, else none)")
+    add("--greedy", action="store_true", help="nothing but the greedy response to each question: n 1, temperature 0")
+    add("--max_new_tokens", type=int, help="longest response (default: the run's; or 3072 for hub sets, else 1024)")
+    add("--template", help=f"{', '.join(data.TEMPLATES)} (default: the run's; or the tokenizer's chat, else none)")
     add("--limit", type=int, help="questions per task (default: 512 of a procedural task, all of a data set)")
-    add("--seed", type=int, default=0, help="of sampling (0); the questions stay the same")
+    add("--seed", type=int, default=0, help="of sampling (0); the questions are always the same")
     add("--out", type=Path, help="directory of the results (default: the run or checkpoint directory)")
-    add("--compare", type=Path, metavar="RESULTS", help="results.json of another evaluation: paired differences")
-    add("--acpo_compat", action="store_true", help="grade math by the ACPO paper's looser rule (rewards.py), for comparison")
-    add("--batch_size", type=int, help="responses per rank between two writes (default: 256 on CPU, 4096 on CUDA)")
-    add("--threads", type=int, default=1, help="CPU threads (1): more than the free cores is many times slower than one")
-    add("--list", action="store_true", help="print tasks and suites, then stop")
+    add("--compare", type=Path, metavar="RESULTS", help="results.json of another evaluation: the paired difference")
+    add("--acpo_compat", action="store_true", help="grade math by the ACPO paper's rule (see rewards.py), to compare")
+    add("--batch_size", type=int, default=4096 if DEVICE.type == "cuda" else 256,
+        help="responses per rank between two writes to disk (4096 on CUDA, 256 on CPU)")
+    add("--threads", type=int, default=1, help="CPU threads (1): more than there are free cores is far slower than one")
+    add("--list", action="store_true", help="print suites and tasks, and stop")
     args, rest = parser.parse_known_args(argv)
     if rest:
-        raise ValueError(data.nearest(rest[0].split("=")[0], [a.option_strings[-1] for a in parser._actions[1:]
-                                                              if a.option_strings], "flag"))
+        raise ValueError(data.nearest(rest[0].split("=")[0], [f"--{name}" for name in vars(args)][1:], "flag"))
     if not args.checkpoint and not args.list:
         parser.error("which checkpoint? give a run directory, a checkpoint directory or a hub id")
     if args.greedy:
-        args.n, args.temperature = 1, 0.0
-    args.k, args.batch_size = args.k or sorted({1, args.n}), args.batch_size or (4096 if DEVICE.type == "cuda" else 256)
+        args.n, args.temperature, args.top_p = 1, 0.0, 1.0
     for name in ("n", "limit", "max_new_tokens", "batch_size", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.k[0] < 1 or args.k[-1] > args.n:
-        raise ValueError(f"--k {','.join(map(str, args.k))}: pass@k needs 1 <= k <= n, and --n is {args.n}")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ValueError(f"--temperature {args.temperature} must be at least 0, --top_p {args.top_p} in (0, 1]")
+    ks = (args.k or f"1,{args.n}").split(",")
+    if not all(k.isdecimal() and 1 <= int(k) <= args.n for k in ks):
+        raise ValueError(f"--k {args.k}: numbers from 1 to --n {args.n}, with commas; pass@k needs k responses")
+    args.k = sorted(set(map(int, ks)))
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        raise ValueError(f"--temperature {args.temperature} must be at least 0, and --top_p {args.top_p} in (0, 1]")
     if args.temperature == 0 and args.n > 1:
-        raise ValueError(f"--temperature 0 would give the same response {args.n} times: say --greedy")
+        raise ValueError(f"--temperature 0 gives the same response {args.n} times: say --greedy")
     return args
 
 
-def known_tasks(args, run):
-    """{name in the results: task of data.load}."""
-    tasks = [t for t in args.tasks.split(",") if t] + SUITES.get(args.suite, [])
-    tasks = tasks or ([run["eval_data"] or run["data"]] if run else SUITES["offline"])
-    names = {Path(t).stem if Path(t).suffix in data.FILES else t: t for t in tasks}
-    for name, task in names.items():
-        if name == task and task not in data.TASKS and task not in data.SOURCES:
-            raise ValueError(data.nearest(task, [*data.TASKS, *data.SOURCES], "task") + "; --list shows all")
-    if len(names) < len(dict.fromkeys(tasks)):
-        raise ValueError(f"--tasks {','.join(tasks)}: two of them have the same name, and would share their files")
-    return names
-
-
 def evaluate(args):
-    began = time.time()
+    began, dtype = time.time(), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     checkpoint, run, out = locate(args.checkpoint)
-    tasks = known_tasks(args, run)
-    args.out = args.out or out
-    if args.compare and args.compare.is_dir():
-        args.compare = args.compare / "results.json"
+    tasks, args.out = known_tasks(args, run), args.out or out
     target = args.out / "results.json"
-    if args.compare and not set(read_json(args.compare).get("results", ())) & set(tasks):
-        raise ValueError(f"--compare {args.compare}: it has no result of {', '.join(tasks)}")
     if args.compare and args.compare.resolve() == target.resolve():
         raise ValueError(f"--compare {args.compare}: this evaluation would overwrite it; give another --out")
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    if args.compare and not any(t in read_results(args.compare) for t in tasks):
+        raise ValueError(f"--compare {args.compare}: it holds no result of {', '.join(tasks)}")
     model = Model.from_pretrained(checkpoint, dtype, DEVICE)
     tokenizer = load_tokenizer(model.source)
-    args.template = args.template or run.get("template") or ("chat" if getattr(tokenizer, "chat_template", None) else "none")
+    args.template = args.template or run.get("template") or ("chat" if tokenizer.chat_template else "none")
     args.max_new_tokens = args.max_new_tokens or longest_response(run, tasks.values())
     longest = model.config.max_position_embeddings - args.max_new_tokens
     questions = {name: load_questions(task, args, tokenizer, longest) for name, task in tasks.items()}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with open(args.out / f".{target.name}", "w"):
-            pass
+        (args.out / ".results.json").touch()
     except OSError as e:
         raise ValueError(f"--out {args.out}: cannot write there ({e.strerror})") from None
-
-    protocol = {k: getattr(args, k) for k in ("n", "k", "temperature", "top_p", "max_new_tokens", "template", "limit", "seed",
-                                              "acpo_compat")}
+    protocol = ("n", "k", "temperature", "top_p", "max_new_tokens", "template", "limit", "seed", "acpo_compat")
+    protocol = {name: getattr(args, name) for name in protocol}
     if MAIN:
         print(f"{checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters, {str(dtype)[6:]} on {WORLD} x "
-              f"{DEVICE.type}\nresponses: " + ", ".join(f"{k} {v}" for k, v in protocol.items() if k not in ("k", "limit")))
-    results, configs = {}, {}
+              f"{DEVICE.type}; " + ", ".join(f"{name} {value}" for name, value in protocol.items() if name != "k"))
+
+    results, notes = {}, {}
     with Scorer(workers=2) as scorer:
         for name, asked in questions.items():
-            sampled = collect(args.out / f"samples_{name}.jsonl", asked, (args.n, args.temperature, args.top_p, args.seed),
-                              model, tokenizer, scorer, args)
-            greedy = [] if args.temperature == 0 else collect(args.out / f"greedy_{name}.jsonl", asked, (1, 0.0, 1.0, 0), model,
-                                                              tokenizer, scorer, args)
-            if MAIN:
-                results[name] = {"alias": name} | score_rows(sampled, args.n, args.k) | {"run": sampled[0]["run"]}
-                g = score_rows(greedy or sampled, 1)
-                results[name] |= {"greedy": g["avg@1"], "greedy_se": g["se"], "greedy_length": g["length"]}
-                source = data.SOURCES[tasks[name]]["test"] if tasks[name] in data.SOURCES else None
-                several = sum(p.task == "math" and isinstance(p.answer["answer"], list) for p, _, _ in asked)
-                configs[name] = {"task": tasks[name], "grader": asked[0][0].task, "any_of": several,
-                                 "hub": source and source.hub, "revision": source and source.revision}
+            how, once = (args.n, args.temperature, args.top_p, args.seed), (1, 0.0, 1.0, 0)
+            tools = model, tokenizer, scorer, args
+            rows = collect(args.out / f"samples_{name}.jsonl", asked, how, *tools)
+            greedy = collect(args.out / f"greedy_{name}.jsonl", asked, once, *tools) if args.temperature else rows
+            if not MAIN:
+                continue
+            results[name] = {"alias": name, **score_rows(rows, args.n, args.k), "run": rows[0]["run"]}
+            results[name] |= {"greedy" + k: score_rows(greedy, 1)[v] for k, v in (("", "avg@1"), ("_se", "se"))}
+            hub = data.SOURCES[tasks[name]]["test"] if tasks[name] in data.SOURCES else None
+            any_of = sum(p.task == "math" and isinstance(p.answer["answer"], list) for p, _, _ in asked)
+            notes[name] = {"task": tasks[name], "grader": asked[0][0].task, "any_of": any_of, "hub": hub and hub.hub,
+                           "revision": hub and hub.revision}
     if not MAIN:
         return
-    record = {"results": results, "configs": configs, "n-shot": dict.fromkeys(results, 0), "config": protocol | {
-                  "model": args.checkpoint, "checkpoint": checkpoint, "dtype": str(dtype)[6:], "device": DEVICE.type},
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "rewards.py": hashlib.sha256(Path(sys.modules["rewards"].__file__).read_bytes()).hexdigest()[:12]},
+    grader = hashlib.sha256(Path(__file__).with_name("rewards.py").read_bytes()).hexdigest()[:12]
+    record = {"results": results, "configs": notes, "n-shot": dict.fromkeys(results, 0),
+              "config": protocol | {"model": args.checkpoint, "checkpoint": checkpoint, "dtype": str(dtype)[6:]},
+              "versions": {"python": platform.python_version(), "torch": torch.__version__, "rewards.py": grader},
               "date": round(began), "total_evaluation_time_seconds": round(time.time() - began, 1)}
-
-    def write():
-        (args.out / f".{target.name}").write_text(json.dumps(record, indent=1))
-        (args.out / f".{target.name}").rename(target)
-    write()
-    print("\n" + report(results))
-    for name, c in configs.items():
-        if c["hub"]:
-            print(f"{name}: {c['hub']}" + (f"; any of several answers counts in {c['any_of']} questions" if c["any_of"] else ""))
+    aside = args.out / ".results.json"
+    aside.write_text(json.dumps(record, indent=1))
+    aside.rename(target)
+    print("\n" + report(results, args.n, args.k))
+    for name, note in notes.items():
+        if note["hub"]:
+            print(f"{name}: {note['hub']}, {note['any_of']} questions where any one of several answers counts")
     if args.compare:
-        record["compare"] = {"other": str(args.compare), "tasks": compare(target, args.compare)}
-        write()
-        print(f"\nagainst {args.compare}\n{report_difference(record['compare']['tasks'])}")
-    print(f"\nin {time.time() - began:.0f} s: {target}, samples beside it; read them with: "
+        print(f"\nagainst {args.compare}:\n{report_difference(compare(target, args.compare))}")
+    print(f"\n{time.time() - began:.0f} s. {target}, and the responses beside it; to read them: "
           f"python experiments/samples_page.py {args.out}")
 
 
@@ -419,13 +396,13 @@ def main():
     try:
         args = parse(sys.argv[1:])
         if args.list:
-            return print(*(f"suite {s}: {' '.join(t)}" for s, t in SUITES.items()), f"offline: {' '.join(data.TASKS)}",
-                         *(f"{t}: {s['test'].hub}" for t, s in data.SOURCES.items() if "test" in s), sep="\n")
+            lines = [f"suite {suite}: {' '.join(tasks)}" for suite, tasks in SUITES.items()]
+            return print(*lines, *(f"{t}: {s['test'].hub}" for t, s in data.SOURCES.items() if "test" in s), sep="\n")
         torch.set_num_threads(args.threads)
         if DEVICE.type == "cuda":
             torch.cuda.set_device(DEVICE)
         if WORLD > 1:
-            dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         evaluate(args)
     except (ValueError, OSError) as e:
         sys.exit(f"eval.py: {e}")

@@ -32,8 +32,7 @@ def objective(agg, advantage="grpo"):
     return register
 
 
-def check(what, name, known):
-    """A misspelt name is answered with those it resembles."""
+def check(what, name, known):  # a misspelt name is answered with those it resembles
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3, 0.4) or known
         raise ValueError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'there are none'}")
@@ -109,7 +108,7 @@ def ppo(x, low, high, dual_clip=None, r=None):
     loss = torch.maximum(-r * x.A, -r.clamp(min=low).clamp(max=high) * x.A)
     stop = r < low
     if dual_clip is not None:
-        loss = torch.where(x.A < 0, torch.minimum(loss, -dual_clip * x.A), loss)
+        loss = torch.minimum(loss, dual_clip * x.A.abs())  # where A > 0 the loss is below 0 anyway
         stop = stop | (r > dual_clip)
     x.metrics.update(clip_low=x.mean((x.A < 0) & stop), clip_high=x.mean((x.A > 0) & (r > high)))
     return loss
@@ -160,29 +159,32 @@ def wapo(x, eps=9.0):
 # ---- 2. A band that adapts -----------------------------------------------------------------------------------
 
 def bins_of(p, bins):  # [b/K, (b+1)/K), the last one closed
-    return torch.bucketize(p, torch.arange(1, bins, device=p.device, dtype=p.dtype) / bins, right=True)
+    return (p * bins).clamp(max=bins - 1).long()
+
+def moments_of(bin, excess, mask, bins):  # excess: r - 1, zero outside the mask
+    values = torch.stack([mask, excess, excess**2]).double().flatten(1)
+    return values.new_zeros(3, bins).scatter_add_(1, bin.flatten().expand(3, -1), values)
 
 @torch.no_grad()
 def ratio_moments(logp, old_logp, mask, bins=5):
     """(3, bins) float64: count, sum of r - 1 and of (r - 1)^2 over the tokens in each of `bins` equal bins of the
     current probability. Sums of micro-batches and ranks add up; centred at 1, so that the variance keeps its digits."""
-    mask = mask.bool()
-    bin = bins_of(logp.exp(), bins).masked_fill(~mask, bins)  # one more bin for what does not count
-    excess = torch.where(mask, logp - old_logp, 0).clamp(-20, 20).double().expm1()
-    member = bin.flatten() == torch.arange(bins, device=bin.device)[:, None]
-    return torch.stack([torch.ones_like(excess), excess, excess**2]).flatten(1) @ member.double().T
+    logp, old_logp = (torch.where(mask.bool(), t, 0) for t in (logp, old_logp))
+    excess = (logp - old_logp).clamp(-20, 20).expm1()
+    return moments_of(bins_of(logp.exp(), bins), excess, mask.to(excess), bins)
 
 @objective("seq-mean-token-mean")
 def acpo(x, alpha=3.0, eps=0.2, eps_min=0.0, eps_max=3.0, bins=5, dual_clip=3.0):
     """ACPO (2606.22570): unlikely tokens have noisier ratios. Band 1 -+ clip(eps + alpha std(r), eps_min, eps_max), the
     std per bin of current probability, from totals["moments"] if given, else over these rows (official)."""
-    moments = x.totals.get("moments")
-    n, s1, s2 = ratio_moments(x.logp, x.old_logp, x.mask, bins) if moments is None else moments
-    n = n.clamp(min=1)
-    std = ((s2 / n - (s1 / n) ** 2).clamp(min=0) + 1e-8).sqrt().to(x.r)
+    bin, moments = bins_of(x.p, bins), x.totals.get("moments")
+    if moments is None:
+        moments = moments_of(bin, (x.r.detach() - 1) * x.mask, x.mask, bins)
+    mean, square = moments[1:] / moments[0].clamp(min=1)
+    std = ((square - mean**2).clamp(min=0) + 1e-8).sqrt().to(x.r)
     width = (eps + alpha * std).clamp(eps_min, eps_max)
     x.metrics |= {f"std_bin{b}": std[b] for b in range(bins)} | {f"eps_bin{b}": width[b] for b in range(bins)}
-    width = width[bins_of(x.p, bins)]
+    width = width.take(bin)  # (B,T)
     return ppo(x, 1 - width, 1 + width, dual_clip)
 
 @objective("seq-mean-token-mean")
@@ -202,7 +204,7 @@ def gspo(x, eps_low=3e-4, eps_high=4e-4, dual_clip=None):
     return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip, r=x.seq_mean(x.d).detach().clamp(max=10).exp() * x.one)
 
 
-# ---- 4. A stop-gradient weight: cap the ratio, keep the token ------------------------------------------------
+# ---- 4. Cap the weight and keep the token; or a smooth gate --------------------------------------------------
 
 @objective("token-mean")
 def cispo(x, eps_low=1.0, eps_high=0.3):
@@ -216,9 +218,6 @@ def cispo_masked(x, is_low=1.0, is_high=0.45, eps_low=0.2, eps_high=0.3):
     low, high = x.outside(eps_low, eps_high)
     return -x.r.detach().clamp(1 - is_low, 1 + is_high) * ~(low | high) * x.A * x.logp
 
-
-# ---- 5. A smooth gate ----------------------------------------------------------------------------------------
-
 @objective("seq-mean-token-mean")
 def sapo(x, tau_pos=1.0, tau_neg=1.05):
     """SAPO (2511.20347): a sigmoid instead of a clip. -4/tau sigmoid(tau (r-1)) A, so w = r sech^2(tau (r-1) / 2) A"""
@@ -226,7 +225,7 @@ def sapo(x, tau_pos=1.0, tau_neg=1.05):
     return -torch.sigmoid(tau * (x.r - 1)) * 4 / tau * x.A
 
 
-# ---- 6. Selection: which tokens may learn --------------------------------------------------------------------
+# ---- 5. Selection: which tokens may learn --------------------------------------------------------------------
 
 def top(score, k):
     """True at the `k` largest of `score` along the last dimension; k may be a tensor that broadcasts. Sorts."""
@@ -262,7 +261,7 @@ def ar_lopti(x, alpha=0.3, eta=0.5, part=None, eps_low=0.2, eps_high=0.24, dual_
     return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
 
 
-# ---- 7. No ratio ---------------------------------------------------------------------------------------------
+# ---- 6. No ratio ---------------------------------------------------------------------------------------------
 
 @objective("token-mean", advantage="gpg")
 def gpg(x):

@@ -220,15 +220,16 @@ class TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, targets, temperature):
         ctx.temperature, ctx.chunk = temperature, max(1, LOGITS_CHUNK // len(W))
-        out = []
-        for h_, t_ in zip(h.split(ctx.chunk), targets.split(ctx.chunk)):
-            z = TokenLogp.logits(h_, W, temperature)
-            lse = z.logsumexp(-1)
-            z.sub_(lse[:, None])  # log p
-            p = z.exp()
-            logp, entropy = z.gather(1, t_[:, None])[:, 0], -(p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
-            out.append((logp, entropy, p.square_().sum(-1), lse))
-        logp, entropy, sum_p2, lse = (torch.cat(o) for o in zip(*out))
+        statistic = torch.promote_types(h.dtype, torch.float32)  # all at once: small tensors between the big ones of the loop
+        logp, entropy, sum_p2, lse = (h.new_empty(len(h), dtype=statistic) for _ in range(4))  # would fragment the memory
+        for i in range(0, len(h), ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            z = TokenLogp.logits(h[s], W, temperature)
+            lse[s] = z.logsumexp(-1)
+            p = z.sub_(lse[s, None]).exp()  # z is log p from here on
+            logp[s] = z.gather(1, targets[s, None])[:, 0]
+            entropy[s] = -(p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
+            sum_p2[s] = p.square_().sum(-1)
         ctx.save_for_backward(h, W, targets, lse)
         ctx.mark_non_differentiable(entropy, sum_p2)
         return logp, entropy, sum_p2

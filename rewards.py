@@ -79,7 +79,7 @@ def last_answer(text):
         return None
     inner = text[start + len("<answer>"):text.index("</answer>", start)]
     box = last_boxed(inner)
-    return (inner if box is None else box).strip()
+    return (inner if box is None else re.sub(TEXT, r"\1", box)).strip()
 
 
 # ---------------------------------------------------------------- procedural tasks
@@ -104,11 +104,11 @@ def countdown(response, numbers, target, format="answer"):
     if text is None:
         return 0.0, "no_answer"
     text = text.strip()
-    if len(text) > 300 or not re.fullmatch(r"[0-9+\-*/() \n]+", text) or re.search(r"\b0[0-9]|//|\*\*", text):
+    if len(text) > 300 or not re.fullmatch(r"[0-9+\-*/() \t\r\n]+", text) or re.search(r"\b0[0-9]|//|\*\*", text):
         return 0.0, "unparsable"
     used = []
     try:
-        value = exact_value(ast.parse(text.replace("\n", " "), mode="eval").body, used)
+        value = exact_value(ast.parse(" ".join(text.split()), mode="eval").body, used)
     except ZeroDivisionError:
         return 0.0, "ok"
     except (SyntaxError, ValueError, RecursionError, MemoryError):    # what ast.parse raises on malformed or deep text
@@ -162,17 +162,14 @@ def kk(response, answer):
     text = last_answer(response)
     if not text:
         return 0.0, "no_answer"
-    if len(text) > 2000:
-        return 0.0, "unparsable"
-    text = re.sub(r"[\"'{}*]", "", text.casefold())
-    text = re.sub(r"\([0-9]{1,2}\)|(?<!\w)[0-9]{1,2}[.)]", ",", text)    # (1) Ann ... (2) Bob ...
-    pieces = [p for p in re.split(r"[,;\n]|\.(?!\w)|\band\b", text) if p.strip(" .-")]
-    claim = r"[-\s]*(\S.*?)\s*(?:\bis\b|:|=|->)\s*(?:an?\s|the\s)?\s*(knight|knave)\s*"
-    said = [re.fullmatch(claim, p) for p in pieces]
-    if not all(said):
-        return 0.0, "unparsable"
     gold = sorted((name.casefold(), role.casefold()) for name, role in answer.items())
-    return float(sorted(m.groups() for m in said) == gold), "ok"
+    names = "|".join(re.escape(name) for name, _ in reversed(gold))
+    claim = rf"(?<!\w)({names})[\s\"'*]*(?:\bis\b|:|=|->)?[\s\"'*]*(?:an?\s|the\s)?\s*(knight|knave)(?!\w)"
+    claims, rest = re.findall(claim, text[:2000].casefold()), re.sub(claim, " ", text[:2000].casefold())
+    others = set(re.findall(r"[^\W\d_]+", rest)) - {"and", "so", "thus", "hence", "therefore"}
+    if not claims or others or len(text) > 2000:    # other words may be `not`, `or`, or about somebody else
+        return 0.0, "unparsable"
+    return float(sorted(claims) == gold), "ok"
 
 
 def qa(response, answer, metric="em"):
@@ -203,7 +200,7 @@ def token_f1(pred, gold):
 
 # ---------------------------------------------------------------- math: text, then exact numbers, then computer algebra
 def math(response, answer, acpo_compat=False):
-    """(score, status), or the pairs [(gold, pred), ...] that only computer algebra can decide (one equal pair is enough).
+    """(score, status), or the pairs [(gold, pred), ...] that only computer algebra can decide; one equal pair is enough
 
     acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box the whole response is the answer,
     and one of more than 30 characters is right only if identical. So bare text scores, and long right answers do not.
@@ -248,8 +245,8 @@ UNITS = re.compile(r"(?:(?<=[0-9})\]])|(?<=\\pi))\s*\\text\{\s*(%s)\}(?:\^\s*\{?
                    r"(?<=[0-9})\]])(?:\s+|(?=[a-z]{2}))(%s)$" % (UNIT, UNIT))
 TEXT = (r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|emph|boldsymbol|bm)"
         r"\s*\{([^{}]*)\}")
-STYLE = (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|underline|tiny|small|large|Large|bf|"
-         r"rm|it|limits|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])|\\!|\\(?=\$)|\$|\\[()\[\]]")
+STYLE = (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|underline|tiny|small|large|Large|"
+         r"bf|rm|it|limits|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z])|\\!|\\(?=\$)|\$|\\[()\[\]]")
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\\pi|[0-9a-zA-Z])", r"\\frac{\1}"),    # \frac12, \frac\pi6
@@ -285,8 +282,8 @@ def clean(text):
     unit = UNITS.search(text)
     if not unit:
         return text, ""
-    rest, word = text[:unit.start()].strip(), (unit[1] or unit[2]).strip().rstrip(".").lower()
-    short = re.sub(r"\^.*", "", word) in SHORT_UNITS and (len(word) > 1 or number(rest) is not None)    # 5 m, not x^2 m
+    rest, word = text[:unit.start()].strip(), re.sub(r"\^.*", "", unit[1] or unit[2]).strip().rstrip(".").lower()
+    short = word in SHORT_UNITS and (len(word) > 1 or number(rest) is not None)    # 5 m, but not x^2 m
     return (rest, word) if unit[1] or short or len(word) > 3 and " " in unit[0] else (text, "")
 
 
@@ -397,7 +394,7 @@ def compare(gold, pred):
             p == q or number(p) is not None and number(p) == number(q) for p, q in zip(*ratios))
     if {bracket(a), bracket(b)} in ({"{", "("}, {"{", "["}):    # a set is neither a tuple nor an interval
         return False
-    if re.fullmatch(r"[A-Z]{2,}", a) and re.fullmatch(r"[A-Z]{2,}", b):    # ABC is an order or a name, not a product
+    if all(re.fullmatch(r"[a-zA-Z]|[A-Z]{2,}", s) for s in (a, b)):    # a is not A; ABC is an order, not a product
         return False
     words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}", re.sub(r"\\(?:begin|end)\{[a-z]*\}", "", gold + " " + pred))
     if r"\text" in gold + pred or not FUNCTIONS.issuperset(words):    # prose: "5 apples and 3 oranges" is not 5
@@ -495,7 +492,7 @@ def worker():
 
 
 class Worker:
-    """A child process `python rewards.py --worker`, started on first use; imports no torch, may be killed at any time."""
+    """A child process `python rewards.py --worker`, started on first use; no torch in it, may be killed any time."""
 
     def __init__(self):
         self.process = self.owner = None

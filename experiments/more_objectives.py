@@ -31,14 +31,18 @@ def bapo(x, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.
     """BAPO (2510.18927): raise the lower, then the upper bound, step by step, until positive tokens hold their own:
     sum over A >= 0 of min(r, high) A / sum over A < 0 of max(r, low) |A| >= target. Batch statistics."""
     r, up, down = x.r.detach().flatten(), x.A.clamp(min=0).flatten(), -x.A.clamp(max=0).flatten()
-    lows = [low[0] + i * step for i in range(round((low[1] - low[0]) / step) + 1)]
-    highs = [high[0] + i * step for i in range(round((high[1] - high[0]) / step) + 1)]
-    pos = torch.stack([r.clamp(max=h) @ up for h in highs])
-    neg = torch.stack([r.clamp(min=b) @ down for b in lows]).clamp(min=1e-30)
-    reached = torch.cat([pos[0] / neg, pos[1:] / neg[-1]]) >= target  # every pair of bounds the walk passes
-    k = torch.where(reached.any(), reached.int().argmax(), len(reached) - 1)
-    band_low = r.new_tensor(lows)[k.clamp(max=len(lows) - 1)]
-    band_high = r.new_tensor(highs)[(k - len(lows) + 1).clamp(min=0)]
+
+    def enough(a, b):
+        return r.clamp(max=b) @ up >= target * (r.clamp(min=a) @ down)
+
+    # A higher lower bound only adds to the losers: the walk ends at its start, or where the upper bound suffices: bisect
+    steps, done = round((high[1] - high[0]) / step), enough(low[0], high[0])
+    first, last = r.new_zeros(()), r.new_tensor(float(steps))
+    for _ in range(steps.bit_length()):
+        middle = ((first + last) / 2).floor()
+        ok = enough(low[1], high[0] + step * middle)
+        first, last = torch.where(ok, first, middle + 1), torch.where(ok, middle, last)
+    band_low, band_high = torch.where(done, *r.new_tensor(low)), high[0] + step * last.masked_fill(done, 0)
     x.metrics |= {"band_low": band_low, "band_high": band_high}
     return ppo(x, band_low, band_high, dual_clip)
 

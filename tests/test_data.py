@@ -167,6 +167,8 @@ def test_kk_puzzles_have_exactly_one_solution():
     for p in data.load("kk", "train", 300) + data.load("kk", "test", 300):
         assert kk_solutions(p.prompt) == [p.answer["answer"]], p.prompt
         sizes.add(len(p.answer["answer"]))
+        for speaker, op, atoms in people_and_claims(p.prompt)[1]:
+            assert op != "is" or atoms[0][0] != speaker  # "I am a knight" tells nothing
     assert sizes == {2, 3, 4}
 
 
@@ -689,7 +691,8 @@ def test_local_file_of_open_reasoner_zero(tmp_path):
 def test_local_golds_keep_their_text(tmp_path):
     path = write(tmp_path / "a.jsonl", [
         {"prompt": "p", "answer": "007", "task": "qa"}, {"prompt": "p", "answer": "5", "task": "tableqa"},
-        {"prompt": "314159=", "answer": 3, "task": "chainsum"}, {"prompt": "p", "answer": "0"}])
+        {"prompt": "314159=", "answer": 3, "task": "chainsum"}, {"prompt": "p", "answer": "0", "id": 0}])
+    assert data.load(str(path))[3].id == "0"
     assert [p.answer["answer"] for p in data.load(str(path))] == [["007"], ["5"], "3", "0"]
 
 
@@ -713,6 +716,8 @@ GOOD = '{"prompt": "p", "answer": "1"}\n'
     (".jsonl", GOOD + '{"answer": "1"}\n', 2, "no prompt"),
     (".jsonl", GOOD + '{"prompt": [{"role": "user"}], "answer": "1"}\n', 2, "no prompt"),
     (".jsonl", GOOD + '"text"\n', 2, "object"),
+    (".jsonl", GOOD + '[{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "1"}]\n', 2, "object"),
+    (".jsonl", GOOD + "]\n" + GOOD, 2, "bad JSON"),
     (".jsonl", GOOD + '{"prompt": "p", "answer": \n', 2, "bad JSON"),
     (".jsonl", GOOD * 3 + "answer: 3\n", 4, "bad JSON"),
     (".jsonl", GOOD + "[" * 100_000 + "\n", 2, "bad JSON"),

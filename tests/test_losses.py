@@ -611,6 +611,18 @@ def test_batch_statistics_do_not_add_up(name):
     assert max(check_split(name, random_batch(seed), 5) for seed in range(6)) > 1e-4
 
 
+def test_moments_count_what_the_mask_counts():
+    batch = random_batch(1)
+    clean = losses.ratio_moments(batch["logp"], batch["old_logp"], batch["mask"], 4)
+    out = batch["mask"] == 0
+    dirty = [batch[k].masked_fill(out, v) for k, v in (("logp", math.nan), ("old_logp", -INF))]
+    assert torch.equal(losses.ratio_moments(*dirty, batch["mask"], 4), clean) and clean[0].sum() == batch["mask"].sum()
+    b = numpy_view(batch)
+    for k in range(4):
+        x = b.r[(b.m > 0) & (b.p >= k / 4) & (b.p < (k + 1) / 4)] - 1
+        np.testing.assert_allclose(clean[:, k], [len(x), x.sum(), (x * x).sum()], rtol=1e-12)
+
+
 def test_acpo_without_the_moments_depends_on_the_micro_batch():
     batch = random_batch(3)
     half = {k: v[:6] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
