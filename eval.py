@@ -2,9 +2,10 @@
 
     python eval.py runs/default                                  # a run's newest checkpoint, on what it was trained for
     python eval.py Qwen/Qwen2.5-7B --suite math --template qwen_math --max_new_tokens 3072
-    torchrun --nproc_per_node=8 eval.py ckpt/ --tasks math500,aime24 --n 32 --k 1,8,32
+    torchrun --nproc_per_node=8 -- eval.py ckpt/ --tasks math500,aime24 --n 32 --k 1,8,32
     python eval.py ckpt/ --compare other/results.json            # paired difference, and whether it is noise
 
+(The lone -- keeps torchrun from taking --n for an abbreviation of a flag of its own.)
 Writes results.json, samples_<task>.jsonl (n responses per question) and greedy_<task>.jsonl (one). The sample files are
 written as the work goes on: killed and started again, it continues; responses are kept, grades are always made anew.
 Response j to question i is a function of (weights, prompt, --seed, i, j), so batches and ranks do not change it, up to
@@ -119,10 +120,12 @@ def known_tasks(args, run):
 
 def load_tokenizer(source):
     from transformers import AutoTokenizer
-    try:
+    if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
+        raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
+    try:  # where there is none, transformers would make an empty one
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{source}: no tokenizer there ({str(e).strip().splitlines()[0]})") from None
+        raise ValueError(f"{source}: its tokenizer cannot be read ({str(e).strip().splitlines()[0]})") from None
 
 
 def longest_response(run, tasks):
@@ -142,7 +145,7 @@ def load_questions(task, args, tokenizer, longest):
     for i, (p, text, ids) in enumerate(zip(problems, texts, encoded.input_ids)):
         spans = encoded.offset_mapping[i] if tokenizer.is_fast else [(0, len(text))]
         read = {at for a, b in spans for at in range(a, b)}
-        lost = [c for at, c in enumerate(text) if at not in read and not c.isspace()]  # dropped without a word
+        lost = [c for at, c in enumerate(text) if at not in read and c.isprintable() and c != " "]  # silently
         if lost:
             raise ValueError(f"{task}: the tokenizer of the checkpoint cannot write {lost[0]!r} (prompt of {p.id}): "
                              "it was made for another task; choose with --tasks")
@@ -354,8 +357,9 @@ def evaluate(args):
     protocol = ("n", "k", "temperature", "top_p", "max_new_tokens", "template", "limit", "seed", "acpo_compat")
     protocol = {name: getattr(args, name) for name in protocol}
     if MAIN:
+        stated = ", ".join(f"{name} {value}" for name, value in protocol.items() if value not in (None, False, args.k))
         print(f"{checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters, {str(dtype)[6:]} on {WORLD} x "
-              f"{DEVICE.type}; " + ", ".join(f"{name} {value}" for name, value in protocol.items() if name != "k"))
+              f"{DEVICE.type}; {stated}")
 
     results, notes = {}, {}
     with Scorer(workers=2) as scorer:

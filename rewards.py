@@ -32,7 +32,6 @@ import string
 import subprocess
 import sys
 import threading
-import unicodedata
 import weakref
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -215,9 +214,7 @@ def math(response, answer, acpo_compat=False):
         return 0.0, "no_answer"
     if len(pred) > MAX_CHARS or max(depths(pred)) > MAX_DEPTH:
         return float(pred.strip() in [g.strip() for g in golds]), "unparsable"
-    foreign = any(unicodedata.category(c)[0] == "C" and not c.isspace() or c.isdigit() and c not in "0123456789²³"
-                  for c in pred)    # invisible characters, digits of other scripts
-    if foreign or re.search(r"/\s*\{?0(?![.0-9])|frac\{[^{}]*\}\{0\}", pred):    # 1/0 is not even equal to 1/0
+    if re.search(r"/\s*\{?0(?![.0-9])|frac\{[^{}]*\}\{0\}", pred):    # 1/0 does not even equal 1/0
         return 0.0, "unparsable"
     pairs = []
     for gold in golds:
@@ -261,7 +258,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in [
     (TEXT, lambda m: r"\text{%s}" % m[1] if re.search("[a-zA-Z]", m[1]) and len(m[1].strip()) > 1 else m[1]),
     (r"\\(lbrace|rbrace|langle|rangle|lg|varnothing)(?![a-zA-Z])", lambda m: COMMANDS[m[1]]),
     (r"\*\*", "^"),
-    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b)(?:\s*[CF]$)?", r"^\\circ "),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b)(?:\s*[CF](?=\W*$))?", r"^\\circ "),
     (r"([0-9]*)\.([0-9]*)\\overline\{([0-9]{1,20})\}", lambda m: repeating(m[1], m[2], m[3])),
     (r"(?<![0-9.])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\\frac{\2}{\3})"),    # 1 1/2
     (r"(?:,\s*)?\\text\{,?\s*(?:and|or)\s*\}|(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", ","),

@@ -182,7 +182,7 @@ def new_model(cfg) -> Path:
     model = Model.from_scratch(raw, cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     phases = [("skill", cfg.skill_steps), ("habit", cfg.habit_steps if cfg.skill_steps else 0)]
-    with tqdm(total=sum(n for _, n in phases), desc="warm start on demonstrations", disable=not MAIN) as bar:
+    with tqdm(total=sum(n for _, n in phases), desc="warm start on demonstrations", mininterval=0.5) as bar:
         for phase, steps in phases:
             demos = [(tokenizer.encode(p), tokenizer.encode(r)) for p, r in data.demos(cfg.data, 128 * steps, phase, cfg.seed)]
             for step in range(steps):
@@ -193,8 +193,8 @@ def new_model(cfg) -> Path:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                bar.set_postfix(nll=f"{-logp.mean().item():.3f}", phase=phase, refresh=False)
                 bar.update()
-                bar.set_postfix(nll=f"{-logp.mean().item():.3f}", phase=phase)
     with tempfile.TemporaryDirectory() as aside:
         tokenizer.save_pretrained(aside)
         model.source = Path(aside)
@@ -486,7 +486,7 @@ def train(cfg: Config):
 
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, say how to go on; a second one breaks off at once
-        signal.signal(s, lambda *_: stop.append(1) if not stop else signal.default_int_handler())
+        signal.signal(s, lambda *_: signal.default_int_handler() if stop else stop.append(1))
     scorer, bad, drawn = Scorer(workers=2), 0, 0.0
 
     def evaluate():
@@ -494,7 +494,7 @@ def train(cfg: Config):
         return sum(r.score for r in rows) / len(rows)
 
     with open(out / "metrics.jsonl" if MAIN else os.devnull, "a") as log, \
-            tqdm(total=cfg.steps, initial=first - 1, desc=cfg.loss, unit="step", disable=not MAIN) as bar:
+            tqdm(total=cfg.steps, initial=first - 1, desc=cfg.loss, unit="step", disable=not MAIN, mininterval=0.5) as bar:
         for step in range(first, cfg.steps + 1):
             t0 = time.time()
             metrics = dict.fromkeys(METRICS) | {"step": step}
@@ -520,11 +520,11 @@ def train(cfg: Config):
             log.flush()
             history.append(metrics)
             evals = [m["eval"] for m in history if m["eval"] is not None]
-            bar.update()
             bar.set_postfix_str(f"reward {metrics['reward']:.2f} eval {evals[-1] if evals else math.nan:.2f} "
                                 f"len {metrics['length']:.1f} H {metrics['entropy']:.2f} "
                                 f"clip {100 * (metrics['clip_low'] + metrics['clip_high']):.1f}% "
-                                f"{metrics['rollout_tps'] / 1000:.1f}k tok/s")
+                                f"{metrics['rollout_tps'] / 1000:.1f}k tok/s", refresh=False)
+            bar.update()
             stopping = any(gather([bool(stop)]))
             bad = bad + 1 if learned["skipped"] else 0
             if bad == 3:

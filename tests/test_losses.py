@@ -254,17 +254,17 @@ def gapo(b):  # c right answers of k
     return band(b, .8, 1 + np.where(b.A > 0, .2 + .08 * (k - c) / (k - 1), .2))
 
 
-def bapo(b):
+def bapo_walk(b, target=1.0):
     """The walk as the paper tells it, one step at a time."""
     low, high, pos, neg = .6, 1.2, (b.A >= 0) & (b.m > 0), (b.A < 0) & (b.m > 0)
-    while (np.minimum(b.r, high) * b.A)[pos].sum() < (np.maximum(b.r, low) * -b.A)[neg].sum():
+    while (np.minimum(b.r, high) * b.A)[pos].sum() < target * (np.maximum(b.r, low) * -b.A)[neg].sum():
         if low < .9 - 1e-9:
             low += .05
         elif high < 3 - 1e-9:
             high += .05
         else:
             break
-    return band(b, low, high, 3)
+    return low, high
 
 
 def m2po(b):
@@ -360,7 +360,7 @@ TABLE = {  # name: (aggregation, advantage of the published run, (weight, loss))
     "rloo": ("seq-mean-token-sum", "rloo", lambda b: constant(b, 1)),
     "dcpo": (TM, "grpo", dcpo),
     "gapo": (SMTM, "grpo", gapo),
-    "bapo": (TM, "grpo", bapo),
+    "bapo": (TM, "grpo", lambda b: band(b, *bapo_walk(b), 3)),
     "m2po": (TM, "grpo", m2po),
     "gmpo": (SMTM, "grpo", gmpo),
     "ctpo": (TM, "grpo", ctpo),
@@ -391,9 +391,9 @@ def random_batch(seed, groups=3, group=4, T=8, dtype=torch.float64):
     B = groups * group
     mask = (np.arange(T) < rng.integers(0, T + 1, B)[:, None]) & (rng.random((B, T)) > .1)
     mask[0] = True
-    logq = -rng.exponential(1.5, (B, T)) - .02
-    spread = rng.choice([.1, .5, 2.5] if seed % 2 else [.02, .05, .1, .1, .6], (B, T))
-    logp = np.minimum(logq + rng.normal(0, 1, (B, T)) * spread, -.01)
+    logq = -rng.exponential(2, (B, T)) - .02
+    spread = rng.choice([.1, .5, 3.] if seed % 2 else [.02, .05, .1, .1, .6], (B, T))
+    logp = np.minimum(logq + rng.normal(0, 1, (B, T)) * spread, -rng.uniform(.01, .02, (B, T)))  # no ties at the top
     reward = rng.integers(0, 2, B).astype(float)
     A = rng.normal(0, 1.5, B)
     batch = dict(logp=logp, old_logp=logq, adv=A, mask=mask.astype(float), entropy=rng.exponential(1, (B, T)),
@@ -444,7 +444,7 @@ def table_error(name, seed):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_weight_table(name):
-    for seed in range(8):
+    for seed in range(12):
         loss, grad = table_error(name, seed)
         assert loss < 1e-10 and grad < 1e-10, f"seed {seed}"
 
@@ -467,15 +467,14 @@ def test_published_aggregation_and_advantage(name):
 
 def test_the_random_tokens_reach_every_case():
     """A table is only as good as its rows: both signs, inside, below, above, beyond the dual clips, every bin."""
-    b = [numpy_view(random_batch(s)) for s in range(8)]
+    b = [numpy_view(random_batch(s)) for s in range(12)]
     r, A, p, m = (np.concatenate([getattr(x, k).ravel() for x in b]) for k in ("r", "A", "p", "m"))
     for low, high in ((0, .5), (.5, .8), (.8, 1.2), (1.2, 1.5), (1.5, 3), (3, 10), (10, INF)):
         for sign in (-1, 1):
             assert ((r > low) & (r < high) & (A * sign > 0) & (m > 0)).any(), (low, high, sign)
     assert set((p[m > 0] * 5).astype(int)) == set(range(5))
-    for name in ("bapo", "m2po"):  # bands that a batch chooses: more than one choice
-        chosen = [loss_and_grad(name, random_batch(s))[2] for s in range(8)]
-        assert all(len({round(c[k].item(), 6) for c in chosen}) > 1 for k in ("band_low", "band_high")), name
+    chosen = [loss_and_grad("m2po", random_batch(s))[2] for s in range(12)]  # a band that the batch chooses
+    assert all(len({round(c[k].item(), 6) for c in chosen}) > 3 for k in ("band_low", "band_high"))
 
 
 def test_names_and_hyperparameters_of_the_contract():
@@ -635,14 +634,14 @@ def test_acpo_without_the_moments_depends_on_the_micro_batch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_always_finite(name, dtype):
-    """Ratios of e^+-30, probabilities of exactly 1, empty rows, an empty batch, a single token, a group of one."""
+    """Ratios of e^+-30 and e^+-120, probabilities of exactly 1, no token at all, a single token, a group of one."""
     t = lambda rows: torch.tensor(rows, dtype=dtype)  # noqa: E731
-    logp, old = [0, -30, -1e-3, -60, 0, -90, -.1], [-30, 0, -30, -.5, 0, -60, -.1]
-    ones = [1] * len(logp)
+    logp, old = [0, -30, -1e-3, -60, 0, -90, -.1, 0, -120], [-30, 0, -30, -.5, 0, -60, -.1, -120, 0]
+    ones, none = [1] * len(logp), [0] * len(logp)
     cases = [  # logp, old_logp, adv, mask, group size
-        ([logp] * 5, [old] * 5, [1, -1, 0, 1, -1], [ones, ones, ones, [0] * 7, [0] * 7], 5),
-        ([logp] * 2, [old] * 2, [1, -1], [[0] * 7] * 2, 2),
-        ([[v] for v in logp + logp], [[v] for v in old + old], ones + [-1] * 7, [[1]] * 14, 1),
+        ([logp] * 5, [old] * 5, [1, -1, 0, 1, -1], [ones, ones, ones, none, none], 5),
+        ([logp] * 2, [old] * 2, [1, -1], [none] * 2, 2),
+        ([[v] for v in logp + logp], [[v] for v in old + old], ones + [-1] * 9, [[1]] * 18, 1),
         ([[-.3]], [[-.3]], [0], [[1]], 1), ([[0.0]], [[-30.0]], [1], [[1]], 1), ([[-30.0]], [[0.0]], [-1], [[1]], 1),
         ([logp] * 4, [old] * 4, [0] * 4, [ones] * 4, 4),
     ]
@@ -713,6 +712,19 @@ def test_the_two_passes_of_lopti_add_up_to_one():
     whole, low, high = (loss_and_grad("ar_lopti", batch, part=p)[1] for p in (None, "low", "high"))
     close(low + high, whole, 1e-12)
     assert not (low * high).any() and (low[batch["old_logp"].exp() >= .5] == 0).all() and low.any() and high.any()
+
+
+def test_bapo_stops_where_the_walk_stops():
+    """At every target: at the start, on the way, at the end."""
+    seen = set()
+    for seed in range(6):
+        batch = random_batch(seed)
+        for target in np.linspace(.2, 2.5, 24):
+            m = loss_and_grad("bapo", batch, target=float(target))[2]
+            walk = bapo_walk(numpy_view(batch), target)
+            np.testing.assert_allclose((m["band_low"], m["band_high"]), walk, atol=1e-9)
+            seen.add(round(walk[1], 6))
+    assert {1.2, 3.0} < seen and len(seen) > 6
 
 
 def test_clip_cov_drops_as_many_as_it_says():

@@ -67,7 +67,7 @@ MATH = [
     ("2c", ["2c", r"2\cdot c"], ["2", "2d", "2x"]),    # Math-Verify's units include the letters c, d, t
     ("2", ["2"], ["2c", "2x", r"\frac{1+\sqrt5}{2}", "2 or 3", "1 < 2"]),
     (r"n \text{ odd}", [r"n\text{ odd}"], [r"n \text{ even}"]),    # words after a letter are no unit
-    (r"25^\circ C", ["25"], ["52"]),
+    (r"25^\circ C", ["25", r"25^\circ C."], ["52"]),
     # what math-verify does not read
     ("2", [r"\lg 100", r"\log_{10} 100", r"\sqrt[3]{8}", r"\sqrt4"], [r"\lg 10"]),
     ("-1", [r"e^{i\pi}", "i^2"], ["1"]),
@@ -91,6 +91,7 @@ MATH = [
     ("e", [r"\mathrm{e}"], ["2.718"]),
     (r"\text{Evelyn}", ["Evelyn", r"\textbf{Evelyn}", "evelyn"], ["Carla", "Eve"]),
     (r"\text{Yes}", ["yes"], ["no"]),
+    ("listen", ["Listen", r"\text{listen}"], ["silent"]),    # words are no products of letters
     (r"1-\frac{1}{\mathrm{e}}", ["1-1/e", r"\frac{e-1}{e}", "1-e^{-1}"],
      [r"1+\frac{1}{\mathrm{e}}"]),    # cut at \mathrm
     # sets, tuples, intervals, times, ratios, bases
@@ -167,6 +168,7 @@ REST = [    # (task, response, problem, score)
         ("(1+2)3", 0), ("", 0), ("(1+2)*3.0", 0), ("(1+2)*3#", 0), ("1+2", 0), ("(1+2)*3,", 0), ("9**9**9**9", 0),
         ("1/0", 0), ("(" * 250 + "9", 0), ("-" * 290 + "9", 0), ("9" * 10000, 0), ("__import__('os')", 0),
         ("(1+2)*3\x00", 0)]],
+    ("countdown", "<answer>1+2+00</answer>", {"numbers": [1, 2, 0], "target": 3}, 0),
     ("countdown", "<answer>7//2*3</answer>", {"numbers": [7, 2, 3], "target": 9}, 0),
     ("countdown", "<answer>2**3</answer>", {"numbers": [2, 3], "target": 8}, 0),
     ("countdown", "<answer>3.5*2</answer>", {"numbers": [3, 5, 2], "target": 7}, 0),    # TinyZero's regex sees 3, 5, 2
@@ -312,7 +314,7 @@ EVERY = [("math", {"answer": "x+1"}), ("math", {"answer": ["1,2", "(3,4)"]}),
          ("add", {"answer": "3"}), ("chainsum", {"answer": "7"}), ("tableqa", {"answer": [1, "a"]}),
          ("qa", {"answer": ["a b"]}),
          ("qa", {"answer": ["a b"], "metric": "f1"}), ("kk", {"answer": {"A": "knight"}})]
-TOKENS = r"\frac { } \sqrt ^ _ 1 2 x + - ( ) , \{ \} \text \pi = < [ ] \cup ! % \circ \left & \\ : and 0. \overline".split()
+TOKENS = r"\frac { } \sqrt ^ _ 1 2 x + - ( ) , \{ \} \text \pi = < [ ] \cup ! % \circ \left & : and \overline".split()
 LATEX = st.lists(st.sampled_from(TOKENS), max_size=12).map(" ".join)
 UNICODE = st.text(st.characters(), max_size=60)    # includes lone surrogates
 
@@ -342,12 +344,12 @@ def test_other_threads_grade_too():
     """math-verify's alarm raises outside the main thread; verl swallowed that, and scored 0 for everything."""
     got = {}
     def run(i):
-        got[i] = grade("math", rf"\boxed{{{i}+x}}", answer=f"x+{i}")
+        got[i] = [grade("math", rf"\boxed{{{i}+x}}", answer=f"x+{i + (j >> i) % 2}") for j in range(40)]
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
     [t.start() for t in threads]
     [t.join(20) for t in threads]
-    assert got == {i: (1.0, "ok") for i in range(4)}
+    assert got == {i: [(float((j >> i) % 2 == 0), "ok") for j in range(40)] for i in range(4)}    # and not another's
 
 
 def test_callers_alarm_survives():
@@ -400,8 +402,11 @@ def test_crashed_worker_is_replaced():
 
 def test_bomb_in_a_batch_costs_only_itself():
     with Scorer(workers=2, timeout=3) as s:
+        s(BATCH)
+        pids = [w.process.pid for w in s.workers]
         bomb = [("math", r"\boxed{9^{9^{9^9}}}", {"answer": "x"})]
         assert s(BATCH[:3] + bomb + BATCH[3:]) == EXPECTED[:3] + [(0.0, "timeout")] + EXPECTED[3:]
+        assert pids == [w.process.pid for w in s.workers]    # the alarm was enough: no second start to pay for
 
 
 def test_close_leaves_no_process():

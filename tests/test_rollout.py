@@ -71,15 +71,15 @@ def test_every_slot_count_and_order_draws_the_same():
     all_at_once = generate(model, prompts, 4, 60, seed=seeds)
     tokens, differing = sum(len(r.logp) for r in all_at_once), 0
     assert tokens > 2000
-    for slots in (1, 7, 64):
-        other = generate(model, prompts, 4, 60, seed=seeds, slots=slots)
+    for slots, some in ((1, 5), (7, 20), (64, 40)):
+        other = generate(model, prompts[:some], 4, 60, seed=seeds[:some], slots=slots)
         differing += sum(a.tokens != b.tokens for a, b in zip(all_at_once, other))
     order = list(range(40))
     random.Random(1).shuffle(order)
     shuffled = generate(model, [prompts[i] for i in order], 4, 60, seed=[seeds[i] for i in order])
     for k, i in enumerate(order):
         differing += sum(a.tokens != b.tokens for a, b in zip(all_at_once[4 * i:4 * i + 4], shuffled[4 * k:4 * k + 4]))
-    print(f"{differing} of {4 * 160} responses differ over {tokens} tokens a run")
+    print(f"{differing} responses differ over {tokens} tokens a run")
     assert differing == 0
     fewer = generate(model, prompts, 2, 60, seed=seeds)  # sample j does not depend on n
     assert [r.tokens for r in fewer] == [all_at_once[4 * i + j].tokens for i in range(40) for j in range(2)]
