@@ -357,7 +357,7 @@ def evaluate(args):
     protocol = ("n", "k", "temperature", "top_p", "max_new_tokens", "template", "limit", "seed", "acpo_compat")
     protocol = {name: getattr(args, name) for name in protocol}
     if MAIN:
-        stated = ", ".join(f"{name} {value}" for name, value in protocol.items() if value not in (None, False, args.k))
+        stated = ", ".join(f"{name} {value}" for name, value in protocol.items() if name not in ("k", "limit"))
         print(f"{checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters, {str(dtype)[6:]} on {WORLD} x "
               f"{DEVICE.type}; {stated}")
 

@@ -199,7 +199,7 @@ def token_f1(pred, gold):
 
 # ---------------------------------------------------------------- math: text, then exact numbers, then computer algebra
 def math(response, answer, acpo_compat=False):
-    """(score, status), or the pairs [(gold, pred), ...] that only computer algebra can decide; one equal pair is enough
+    """(score, status), or the pairs [(gold, pred), ...] for computer algebra to decide: one equal pair is enough.
 
     acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box the whole response is the answer,
     and one of more than 30 characters is right only if identical. So bare text scores, and long right answers do not.

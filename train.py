@@ -95,8 +95,9 @@ class Config:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 MAIN = RANK == 0
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-METRICS = ("step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl grad_norm zero_groups truncated "
-           "no_answer timeout skipped sampler_kl sampler_max rollout_tps update_tps seconds").split()
+METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl grad_norm zero_groups truncated
+no_answer unparsable timeout error skipped pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps
+update_tps seconds""".split()
 
 
 def parse() -> Config:
@@ -168,6 +169,8 @@ def open_run(cfg) -> Path:
 
 def new_model(cfg) -> Path:
     """The checkpoint of a small Qwen2 for a procedural task, warm-started on its demonstrations; cached by its recipe."""
+    if cfg.data not in data.TASKS:
+        raise ValueError(f"--data {cfg.data} needs --model: a new small model is built for {', '.join(data.TASKS)} alone")
     tokenizer = data.char_tokenizer(cfg.data)
     eos = tokenizer.convert_tokens_to_ids(data.END)
     raw = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=cfg.width,
@@ -200,6 +203,27 @@ def new_model(cfg) -> Path:
         model.source = Path(aside)
         model.save_pretrained(path)
     return path
+
+
+def load_problems(cfg, tokenizer):
+    """Two lists of (Problem, prompt ids): to train on and held out. A set without a test split gives a tenth away."""
+    problems = data.load(cfg.data, "train", seed=cfg.seed)
+    if cfg.eval_data or cfg.data in data.TASKS or "test" in data.SOURCES.get(cfg.data, ()):
+        held_out = data.load(cfg.eval_data or cfg.data, "test", n=cfg.eval_problems)
+    else:
+        k = min(cfg.eval_problems, len(problems) // 10 or len(problems) // 2)
+        held_out, problems = problems[:k], problems[k:]
+        if not held_out:
+            raise ValueError(f"--data {cfg.data}: one problem alone cannot be trained on and held out; give --eval_data")
+    out = []
+    for some in (problems, held_out):
+        ids = tokenizer([data.render(p, cfg.template, tokenizer) for p in some], add_special_tokens=False).input_ids
+        for p, prompt in zip(some, ids):
+            if not 0 < len(prompt) <= cfg.max_prompt_tokens:
+                raise ValueError(f"problem {p.id}: its prompt has {len(prompt)} tokens, allowed are 1 to --max_prompt_tokens "
+                                 f"{cfg.max_prompt_tokens}")
+        out.append(list(zip(some, ids)))
+    return out
 
 
 def shard(model: Model) -> Model:
@@ -271,25 +295,18 @@ class Row:
 
 
 def sample(model, problems, seeds, n, cfg, tokenizer, scorer) -> list[Row]:
-    """n scored responses to each problem, problem-major, on every rank; the prompts are spread over the ranks."""
+    """n scored responses to each of `problems`, (Problem, prompt ids), problem-major, on every rank; the prompts are spread
+    over the ranks."""
     mine = range(RANK, len(problems), WORLD)
     with whole_weights(model):
-        rollouts = generate(model, [encode(problems[i], cfg, tokenizer) for i in mine], n, cfg.max_new_tokens, cfg.temperature,
+        rollouts = generate(model, [problems[i][1] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
                             seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
                             progress=MAIN and cfg.max_new_tokens > 256)
     texts = tokenizer.batch_decode([r.tokens[r.prompt_len:] for r in rollouts], skip_special_tokens=True)
     which = [i for i in mine for _ in range(n)]
-    grades = scorer([(problems[i].task, text, problems[i].answer) for i, text in zip(which, texts)])
+    grades = scorer([(problems[i][0].task, text, problems[i][0].answer) for i, text in zip(which, texts)])
     rows = gather([Row(r.tokens, r.prompt_len, r.logp, r.finished, *g, group=i) for i, r, g in zip(which, rollouts, grades)])
     return sorted(rows, key=lambda row: row.group)  # stable: a group's samples stay in order, whoever drew them
-
-
-def encode(problem, cfg, tokenizer) -> list[int]:
-    ids = tokenizer.encode(data.render(problem, cfg.template, tokenizer), add_special_tokens=False)
-    if not 0 < len(ids) <= cfg.max_prompt_tokens:
-        raise ValueError(f"problem {problem.id}: its prompt has {len(ids)} tokens, allowed are 1 to --max_prompt_tokens "
-                         f"{cfg.max_prompt_tokens}")
-    return ids
 
 
 def minibatches(rows, cfg):
@@ -442,11 +459,12 @@ def restore(out, model, optimizer) -> int:
 
 def rewind(out, step, cfg):
     """Drop the lines of metrics.jsonl after `step`, and evaluations that were made only because a shorter run ended there."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    path = out / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
     lines = [m | {"eval": m["eval"] if m["step"] == 1 or m["step"] % cfg.eval_every == 0 else None}
              for m in lines if m["step"] <= step]
     (out / ".metrics").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    (out / ".metrics").rename(out / "metrics.jsonl")
+    (out / ".metrics").rename(path)
     return lines
 
 
@@ -461,21 +479,20 @@ def train(cfg: Config):
     began = time.time()
     out = open_run(cfg) if MAIN else None
     out = gather([out])[0]
-    problems = data.load(cfg.data, "train", seed=cfg.seed)
-    held_out = data.load(cfg.eval_data or cfg.data, "test", n=cfg.eval_problems)
-    source = Path(cfg.model) if cfg.model else new_model(cfg)
+    source = cfg.model or new_model(cfg)
     barrier()
-    model = load_model(cfg.model or source)
-    reference = load_model(cfg.model or source).requires_grad_(False) if cfg.kl_beta else None
+    model = load_model(source)
+    reference = load_model(source).requires_grad_(False) if cfg.kl_beta else None
     model.recompute = cfg.recompute
     tokenizer = load_tokenizer(model.source)
+    problems, held_out = load_problems(cfg, tokenizer)
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     cfg.max_new_tokens = cfg.max_new_tokens or (1024 if cfg.model else 2 * longest_demo(cfg))
     first, history = 1, []
-    if cfg.resume and (out / "latest").is_file():
-        first = restore(out, model, optimizer) + 1
+    if cfg.resume:
+        first = restore(out, model, optimizer) + 1 if (out / "latest").is_file() else 1
         history = rewind(out, first - 1, cfg) if MAIN else []
     if first > cfg.steps:
         raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {first - 1} already; give a larger --steps")

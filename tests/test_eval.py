@@ -150,7 +150,8 @@ def test_defaults_are_those_of_the_run(run, call, tmp_path):
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["config"]["max_new_tokens"] == 12 and record["config"]["template"] == "none"
     assert record["config"]["checkpoint"].endswith("step-000003") and result["n"] == 8 and result["k"] == [1, 8]
-    assert "temperature 1.0" in out and "top_p 1.0" in out and "avg@8" in out and "pass@8" in out and "greedy" in out
+    assert "n 8, temperature 1.0, top_p 1.0, max_new_tokens 12, template none, seed 0" in out
+    assert all(column in out for column in ("avg@8 ± SE", "pass@1", "pass@8", "greedy", "truncated", "no answer"))
     problems = data.load("chainsum", "test", n=40)
     assert [(r["id"], r["sample"]) for r in rows] == [(p.id, j) for p in problems for j in range(8)]
     for r, p in zip(rows, (p for p in problems for _ in range(8))):
@@ -300,7 +301,7 @@ def test_samples_of_other_weights_are_set_aside(run, call, tmp_path):
 
 
 def test_greedy_alone_is_the_greedy_pass(call, whole, tmp_path):
-    call("--greedy", "--out", tmp_path / "g", "--limit", 24)
+    assert "n 1, temperature 0.0" in call("--greedy", "--out", tmp_path / "g", "--limit", 24)
     a, b = rows_of(tmp_path / "g"), rows_of(whole, "greedy_chainsum")
     assert [r["response"] for r in a] == [r["response"] for r in b]
     result = results_of(tmp_path / "g")["chainsum"]

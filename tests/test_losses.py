@@ -667,6 +667,13 @@ def test_half_precision_is_computed_in_float32_and_inputs_stay(name):
     close(loss, loss_and_grad(name, up)[0], 1e-6)
 
 
+def test_beyond_a_log_ratio_of_20_the_gradient_ends():
+    """As in verl: without a dual clip, A < 0 would otherwise put a weight of e^25 on one token."""
+    for d, w in ((19.9, math.exp(19.9)), (25.0, 0.0)):
+        batch = dict(logp=f64([[-.1]]), old_logp=f64([[-.1 - d]]), adv=f64([-1]), mask=f64([[1]]))
+        np.testing.assert_allclose(loss_and_grad("grpo", batch)[1].item(), w, rtol=1e-9)
+
+
 def same(first, second, seeds=range(6)):
     for seed in seeds:
         batch = random_batch(seed)

@@ -321,8 +321,8 @@ def test_microbatches_respect_the_budget(monkeypatch):
     (("--steps", "many"), "--steps"), (("--prompts", 0), "--prompts 0"), (("--updates", 100), "--updates 100"),
     (("--loss_args", "alhpa=2"), "alpha"), (("--loss_args", "alpha"), "name=value"), (("--agg", "mean"), "token-mean"),
     (("--advantage", "gae"), "gae"), (("--model", "no/where/at/all"), "no such directory"), (("--model", "."), "config.json"),
-    (("--template", "orzz"), "orz"), (("--lr", 0), "--lr"), (("--data", "missing.jsonl"), "missing.jsonl"),
-    (("--data", "noanswer.jsonl"), "noanswer.jsonl line 2"), (("--data", "empty.jsonl"), "empty.jsonl"),
+    (("--template", "orzz"), "orz"), (("--data", "noanswer.jsonl"), "needs --model"), (("--lr", 0), "--lr"), (("--eval_data", "missing.jsonl"), "missing.jsonl"),
+    (("--eval_data", "noanswer.jsonl"), "noanswer.jsonl line 2"), (("--eval_data", "empty.jsonl"), "empty.jsonl"),
     (("--max_prompt_tokens", 3), "--max_prompt_tokens 3"), (("--out", "full"), "--resume"), (("--out", "blocked/x"), "blocked"),
     (("--resume", "--out", "never"), "no run to continue"), (("--acpo_stats", "all"), "--acpo_stats")])
 def test_bad_input_is_one_line_and_nothing_is_lost(run, tmp_path, capsys, flags, said):
@@ -351,3 +351,30 @@ def test_nonfinite_gradients_are_skipped_then_stop_the_run(run, monkeypatch):
 def test_help_reads_well():
     out = shell(ROOT / "train.py", "--help", cwd=ROOT).stdout
     assert all(f"--{f}" in out for f in train.Config.__dataclass_fields__) and "torchrun" in out
+
+
+def test_a_local_file_is_trained_on_and_a_tenth_held_out(run, tmp_path, monkeypatch):
+    """--data FILE --model DIR: the real path for people's own problems."""
+    run(*TINY, "--out", "small")
+    with open(tmp_path / "mine.jsonl", "w") as f:
+        for i in range(20):
+            f.write(json.dumps({"prompt": f"{i:06d}=", "answer": str(i % 10), "task": "chainsum"}) + "\n")
+    seen = []
+    real = train.sample
+    monkeypatch.setattr(train, "sample", lambda m, problems, *a: (seen.append({p.id for p, _ in problems}),
+                                                                 real(m, problems, *a))[1])
+    model = f"small/{Path('small/latest').read_text()}"
+    run("--model", model, "--data", "mine.jsonl", "--max_new_tokens", 8, "--prompts", 4, "--samples", 2, "--steps", 9, "--out", "r")
+    held_out = seen[0]
+    assert len(held_out) == 2 and sum(s == held_out for s in seen) == 2  # before the first update and after the last
+    trained = set().union(*(s for s in seen if s != held_out))
+    assert len(trained) == 18 and not trained & held_out  # 36 draws: two epochs of all the others
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(run):
+    run(*TINY, "--steps", 2, "--out", "whole")
+    Path("early").mkdir()
+    Path("early/config.json").write_text(Path("whole/config.json").read_text())
+    Path("early/metrics.jsonl").write_text(Path("whole/metrics.jsonl").read_text().splitlines()[0] + "\n{\"step\": 2, \"rew")
+    run("--out", "early", "--resume")
+    assert untimed("early") == untimed("whole")
