@@ -653,6 +653,34 @@ def load(name, split="train", n=None, seed=0):
     return load_procedural(name, split, n, seed) if name in TASKS else load_hub(name, split, seed)[:n]
 
 
+def load_tokenizer(source):
+    """The tokenizer in checkpoint directory `source`; where there is none, transformers would make up an empty one."""
+    from transformers import AutoTokenizer
+    if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
+        raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{source}: its tokenizer cannot be read ({str(e).strip().splitlines()[0]})") from None
+
+
+def encode(problems, template, tokenizer, longest):
+    """[(Problem, prompt text, prompt ids)], or ValueError with the first prompt that is too long or that this tokenizer
+    cannot write: tokenizers without an unknown token drop characters silently."""
+    texts = [render(p, template, tokenizer) for p in problems]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    for i, (p, text, ids) in enumerate(zip(problems, texts, encoded.input_ids)):
+        spans = encoded.offset_mapping[i] if tokenizer.is_fast else [(0, len(text))]
+        read = {at for a, b in spans for at in range(a, b)}
+        lost = [c for at, c in enumerate(text) if at not in read and c.isprintable() and c != " "]
+        if lost:
+            raise ValueError(f"the tokenizer of the checkpoint cannot write {lost[0]!r} (prompt of {p.id}): it was made for "
+                             "another task")
+        if not 0 < len(ids) <= longest:
+            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed are 1 to {longest}")
+    return list(zip(problems, texts, encoded.input_ids))
+
+
 def overlap(train, test, n=13):
     """What two lists of problems share: {"repeats", "duplicates", "ngrams"}.
 

@@ -118,41 +118,13 @@ def known_tasks(args, run):
     return names
 
 
-def load_tokenizer(source):
-    from transformers import AutoTokenizer
-    if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
-        raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
-    try:  # where there is none, transformers would make an empty one
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{source}: its tokenizer cannot be read ({str(e).strip().splitlines()[0]})") from None
-
-
-def longest_response(run, tasks):
-    """The default of --max_new_tokens: the run's own (where its flag is 0, as train.py decides), else what fits."""
-    if not run:
-        return 3072 if any(t in data.SOURCES for t in tasks) else 1024
-    if run["max_new_tokens"] or run["model"]:
-        return run["max_new_tokens"] or 1024
-    return 2 * max(len(r) for p in ("skill", "habit") for _, r in data.demos(run["data"], 256, p, run["seed"]))
-
-
 def load_questions(task, args, tokenizer, longest):
-    """[(Problem, prompt text, prompt ids)], or the line that says which prompt the model cannot read."""
+    """[(Problem, prompt text, prompt ids)] of a task's test split."""
     problems = data.load(task, "test", n=args.limit or (512 if task in data.TASKS else None))
-    texts = [data.render(p, args.template, tokenizer) for p in problems]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    for i, (p, text, ids) in enumerate(zip(problems, texts, encoded.input_ids)):
-        spans = encoded.offset_mapping[i] if tokenizer.is_fast else [(0, len(text))]
-        read = {at for a, b in spans for at in range(a, b)}
-        lost = [c for at, c in enumerate(text) if at not in read and c.isprintable() and c != " "]  # silently
-        if lost:
-            raise ValueError(f"{task}: the tokenizer of the checkpoint cannot write {lost[0]!r} (prompt of {p.id}): "
-                             "it was made for another task; choose with --tasks")
-        if not 0 < len(ids) <= longest:
-            raise ValueError(f"{task}: the prompt of {p.id} has {len(ids)} tokens, allowed are 1 to {longest} (the "
-                             f"model's positions less --max_new_tokens {args.max_new_tokens})")
-    return list(zip(problems, texts, encoded.input_ids))
+    try:
+        return data.encode(problems, args.template, tokenizer, longest)
+    except ValueError as e:
+        raise ValueError(f"{task}: {e}; --max_new_tokens is {args.max_new_tokens}, other tasks: --tasks") from None
 
 
 # ---- Sampling and grading --------------------------------------------------------------------------------------------
@@ -344,9 +316,10 @@ def evaluate(args):
     if args.compare and not any(t in read_results(args.compare) for t in tasks):
         raise ValueError(f"--compare {args.compare}: it holds no result of {', '.join(tasks)}")
     model = Model.from_pretrained(checkpoint, dtype, DEVICE)
-    tokenizer = load_tokenizer(model.source)
+    tokenizer = data.load_tokenizer(model.source)
     args.template = args.template or run.get("template") or ("chat" if tokenizer.chat_template else "none")
-    args.max_new_tokens = args.max_new_tokens or longest_response(run, tasks.values())
+    args.max_new_tokens = args.max_new_tokens or run.get("max_new_tokens") or (
+        3072 if any(t in data.SOURCES for t in tasks.values()) else 1024)
     longest = model.config.max_position_embeddings - args.max_new_tokens
     questions = {name: load_questions(task, args, tokenizer, longest) for name, task in tasks.items()}
     try:

@@ -134,6 +134,9 @@ def parse() -> Config:
     losses.policy_loss(cfg.loss, probe, torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), agg=cfg.agg or None,
                        entropy=torch.zeros(1, 1), **hyperparameters(cfg))
     losses.advantages(torch.zeros(1), 1, cfg.advantage or "grpo", torch.ones(1))
+    if not cfg.max_new_tokens:
+        demos = data.demos(cfg.data, 256, "skill") + data.demos(cfg.data, 256, "habit") if cfg.data in data.TASKS else []
+        cfg.max_new_tokens = 1024 if cfg.model or not demos else 2 * max(len(r) for _, r in demos)
     return cfg
 
 
@@ -205,8 +208,8 @@ def new_model(cfg) -> Path:
     return path
 
 
-def load_problems(cfg, tokenizer):
-    """Two lists of (Problem, prompt ids): to train on and held out. A set without a test split gives a tenth away."""
+def load_problems(cfg, model, tokenizer):
+    """Two lists of (Problem, prompt, prompt ids): to train on and held out. A set without test split gives a tenth away."""
     problems = data.load(cfg.data, "train", seed=cfg.seed)
     if cfg.eval_data or cfg.data in data.TASKS or "test" in data.SOURCES.get(cfg.data, ()):
         held_out = data.load(cfg.eval_data or cfg.data, "test", n=cfg.eval_problems)
@@ -215,15 +218,12 @@ def load_problems(cfg, tokenizer):
         held_out, problems = problems[:k], problems[k:]
         if not held_out:
             raise ValueError(f"--data {cfg.data}: one problem alone cannot be trained on and held out; give --eval_data")
-    out = []
-    for some in (problems, held_out):
-        ids = tokenizer([data.render(p, cfg.template, tokenizer) for p in some], add_special_tokens=False).input_ids
-        for p, prompt in zip(some, ids):
-            if not 0 < len(prompt) <= cfg.max_prompt_tokens:
-                raise ValueError(f"problem {p.id}: its prompt has {len(prompt)} tokens, allowed are 1 to --max_prompt_tokens "
-                                 f"{cfg.max_prompt_tokens}")
-        out.append(list(zip(some, ids)))
-    return out
+    longest = min(cfg.max_prompt_tokens, model.config.max_position_embeddings - cfg.max_new_tokens)
+    try:
+        return [data.encode(some, cfg.template, tokenizer, longest) for some in (problems, held_out)]
+    except ValueError as e:
+        raise ValueError(f"--data {cfg.data}: {e} (--max_prompt_tokens {cfg.max_prompt_tokens}, --max_new_tokens "
+                         f"{cfg.max_new_tokens})") from None
 
 
 def shard(model: Model) -> Model:
@@ -295,11 +295,11 @@ class Row:
 
 
 def sample(model, problems, seeds, n, cfg, tokenizer, scorer) -> list[Row]:
-    """n scored responses to each of `problems`, (Problem, prompt ids), problem-major, on every rank; the prompts are spread
+    """n scored responses to each of `problems`, (Problem, text, ids), problem-major, on every rank; the prompts are spread
     over the ranks."""
     mine = range(RANK, len(problems), WORLD)
     with whole_weights(model):
-        rollouts = generate(model, [problems[i][1] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
+        rollouts = generate(model, [problems[i][2] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
                             seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
                             progress=MAIN and cfg.max_new_tokens > 256)
     texts = tokenizer.batch_decode([r.tokens[r.prompt_len:] for r in rollouts], skip_special_tokens=True)
@@ -484,12 +484,11 @@ def train(cfg: Config):
     model = load_model(source)
     reference = load_model(source).requires_grad_(False) if cfg.kl_beta else None
     model.recompute = cfg.recompute
-    tokenizer = load_tokenizer(model.source)
-    problems, held_out = load_problems(cfg, tokenizer)
+    tokenizer = data.load_tokenizer(model.source)
+    problems, held_out = load_problems(cfg, model, tokenizer)
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    cfg.max_new_tokens = cfg.max_new_tokens or (1024 if cfg.model else 2 * longest_demo(cfg))
     first, history = 1, []
     if cfg.resume:
         first = restore(out, model, optimizer) + 1 if (out / "latest").is_file() else 1
@@ -581,18 +580,6 @@ def shuffled(n, seed, epoch):
     order = list(range(n))
     random.Random(f"{seed}-{epoch}").shuffle(order)
     return order
-
-
-def longest_demo(cfg):
-    return max(len(r) for phase in ("skill", "habit") for _, r in data.demos(cfg.data, 256, phase, cfg.seed))
-
-
-def load_tokenizer(source):
-    from transformers import AutoTokenizer
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{source}: no tokenizer there ({str(e).splitlines()[0]})") from None
 
 
 def main():

@@ -21,10 +21,10 @@ def dcpo(x, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
 
 @objective("seq-mean-token-mean")
 def gapo(x, eps_low=0.2, eps_high=0.28):
-    """GAPO (2609.00444): the rarer the right answer (c of k), the higher its upper bound:
-    eps_low + (eps_high - eps_low) (k-c)/(k-1) where A > 0, eps_low elsewhere."""
+    """GAPO (2609.00444): the rarer the right answer (c of k), the higher the upper bound, which only A > 0 meets:
+    eps_low + (eps_high - eps_low) (k-c)/(k-1)."""
     rare = (1 - x.need("pass_rate")) * x.group_size / max(1, x.group_size - 1)
-    return ppo(x, 1 - eps_low, 1 + eps_low + (eps_high - eps_low) * rare * (x.A > 0))
+    return ppo(x, 1 - eps_low, 1 + eps_low + (eps_high - eps_low) * rare)
 
 @objective("token-mean")
 def bapo(x, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
@@ -54,7 +54,7 @@ def m2po(x, budget=0.04, eps_low=0.3, eps_high=0.5):
     s = (x.d.detach().clamp(-20, 20) ** 2 * outward).flatten().sort().values  # the n outward tokens come last
     n, above = outward.sum().to(s), torch.arange(s.numel(), 0, -1, device=s.device)
     t2 = (budget * n - (s.cumsum(0) - s)) / above  # spends the budget if the first cut token is this one
-    cut = (t2 <= s) & (above <= n)
+    cut = t2 <= s
     t = torch.where(cut.any(), t2[cut.int().argmax()], 20.0**2).sqrt()  # within the budget: |log r| <= 20 is no clip
     band_low, band_high = 1 - (-(-t).expm1()).clamp(min=eps_low), 1 + t.expm1().clamp(min=eps_high)
     x.metrics |= {"band_low": band_low, "band_high": band_high}

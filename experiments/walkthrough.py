@@ -26,7 +26,7 @@ def walk():
     """Every intermediate result, by name; tensors over responses are (8,), over tokens (8, T)."""
     cfg = train.Config(width=32, layers=1, skill_steps=1, habit_steps=80, samples=SAMPLES, max_new_tokens=16)
     model = Model.from_pretrained(train.new_model(cfg))
-    tokenizer = train.load_tokenizer(model.source)
+    tokenizer = data.load_tokenizer(model.source)
 
     # rollout: eight responses, each token with the log-prob it was drawn with
     prompt = tokenizer.encode(PROMPT)

@@ -167,11 +167,12 @@ def test_defaults_are_those_of_the_run(run, call, tmp_path):
     assert float(percent[2]) == pytest.approx(100 * result["se"], abs=0.051)
 
 
-def test_a_run_whose_length_flag_is_0_gets_the_length_that_train_py_uses(run):
-    config = json.loads((run / "config.json").read_text()) | {"max_new_tokens": 0}
-    cfg = train.Config(**config)
-    assert evaluation.longest_response(config, ["chainsum"]) == 2 * train.longest_demo(cfg)
-    assert evaluation.longest_response(config | {"model": "some/model"}, ["math500"]) == 1024
+def test_the_length_of_the_run_is_the_default(run, call, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"max_new_tokens": 2}))
+    call("--limit", 5, "--n", 4, "--out", tmp_path, checkpoint=tmp_path / "run")
+    assert max(r["length"] for r in rows_of(tmp_path)) == 2
 
 
 def test_the_template_and_the_held_out_set_of_the_run_are_the_defaults(run, call, tmp_path):

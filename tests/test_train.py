@@ -361,7 +361,7 @@ def test_a_local_file_is_trained_on_and_a_tenth_held_out(run, tmp_path, monkeypa
             f.write(json.dumps({"prompt": f"{i:06d}=", "answer": str(i % 10), "task": "chainsum"}) + "\n")
     seen = []
     real = train.sample
-    monkeypatch.setattr(train, "sample", lambda m, problems, *a: (seen.append({p.id for p, _ in problems}),
+    monkeypatch.setattr(train, "sample", lambda m, problems, *a: (seen.append({p.id for p, _, _ in problems}),
                                                                  real(m, problems, *a))[1])
     model = f"small/{Path('small/latest').read_text()}"
     run("--model", model, "--data", "mine.jsonl", "--max_new_tokens", 8, "--prompts", 4, "--samples", 2, "--steps", 9, "--out", "r")
