@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Model, causal
+from model import Model, attention_kernel, causal
+
+try:
+    from flash_attn import flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
 
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at once
 CPU_CACHE_BYTES = 2 * 2**30
@@ -71,28 +76,39 @@ def draw(logits: Tensor, u: Tensor, temperature=1.0, top_k=0, top_p=1.0, banned:
 
 
 class Cache:
-    """Keys and values of `slots` sequences of up to `length` tokens: per layer (slots, Hkv, length, head_dim)."""
+    """Keys and values of `slots` sequences of up to `length` tokens, per layer: (slots, Hkv, length, head_dim), or
+    (slots, length, Hkv, head_dim) where flash-attn decodes."""
 
     def __init__(self, model: Model, slots: int, length: int):
         c, w = model.config, model.embed_tokens.weight
-        shape = (slots, c.num_key_value_heads, length, c.head_dim)  # zeros: an unwritten place must not hold a nan
-        self.kv = [(w.new_zeros(shape), w.new_zeros(shape)) for _ in range(c.num_hidden_layers)]
-        self.scale = c.head_dim**-0.5
+        self.flash, self.scale = attention_kernel(w.device, w.dtype) == "flash-attn", c.head_dim**-0.5
+        shape = (slots, *((length, c.num_key_value_heads) if self.flash else (c.num_key_value_heads, length)), c.head_dim)
+        self.kv = [(w.new_zeros(shape), w.new_zeros(shape)) for _ in range(c.num_hidden_layers)]  # no nan where unwritten
 
-    def store(self, layer, rows, at, k, v):  # (M,), (M,), (M,Hkv,h)
+    def store(self, layer, rows, at, k, v):
+        """k, v (M,Hkv,h) of M tokens into slots `rows` (M,), places `at` (M,)."""
+        where = (rows, at) if self.flash else (rows, slice(None), at)
         K, V = self.kv[layer]
-        K[rows, :, at], V[rows, :, at] = k, v
+        K[where], V[where] = k, v
 
     def move(self, dst, src, length):
+        """The first `length` tokens of slots `src` over those of slots `dst`."""
+        used = (slice(length),) if self.flash else (slice(None), slice(length))
         for K, V in self.kv:
-            K[dst, :, :length], V[dst, :, :length] = K[src, :, :length], V[src, :, :length]
+            K[dst, *used], V[dst, *used] = K[src, *used], V[src, *used]
 
     def decode(self, position: Tensor, length: int):
-        """attend() for one new token in each of the first n slots, at `position` (n,) < length: two batched matmuls, the
-        query heads of one KV head grouped, so that keys and values are read once and never repeated."""
-        n, rows = len(position), torch.arange(len(position), device=position.device)
+        """attend() for one new token in each of the first n slots, at `position` (n,) < length. Without flash-attn: two
+        batched matmuls, the query heads of one KV head grouped, so that keys and values are read once, never repeated."""
+        n = len(position)
+        if self.flash:
+            def attend(layer, q, k, v):
+                K, V = self.kv[layer]
+                return flash_attn_with_kvcache(q[:, None], K[:n], V[:n], k[:, None], v[:, None],
+                                               cache_seqlens=position.int(), causal=True)[:, 0]
+            return attend
+        rows, heads = torch.arange(n, device=position.device), self.kv[0][0].shape[1]
         future = torch.arange(length, device=position.device) > position[:, None]
-        heads = self.kv[0][0].shape[1]
         mask = torch.zeros_like(future, dtype=torch.float32).masked_fill(future, -torch.inf)
         mask = mask[:, None].expand(n, heads, length).reshape(n * heads, 1, length)
 

@@ -35,7 +35,7 @@ def bapo(x, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.
     def enough(a, b):
         return r.clamp(max=b) @ up >= target * (r.clamp(min=a) @ down)
 
-    # A higher lower bound only adds to the losers: the walk ends at its start, or where the upper bound suffices: bisect
+    # A higher lower bound only adds to the losers: the walk ends at its start or where the upper bound suffices; bisect
     steps, done = round((high[1] - high[0]) / step), enough(low[0], high[0])
     first, last = r.new_zeros(()), r.new_tensor(float(steps))
     for _ in range(steps.bit_length()):

@@ -266,3 +266,72 @@ def test_quick_look_prints_the_sample(tmp_path):
     assert out.stdout == tokenizer.decode(expected.tokens[7:]) + "\n"
     bad = say(str(tmp_path / "nowhere"), "1")
     assert bad.returncode != 0 and bad.stderr.strip().count("\n") == 0 and "no such directory" in bad.stderr
+
+
+# ---- flash-attn's call sites, with a plain-torch stand-in of its documented signatures and semantics ----
+
+def fake_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    """flash_attn_varlen_func: (total,H,d) with int32 borders, GQA by repeating KV heads, scale d^-0.5."""
+    assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q[-1] == len(q) and causal and dropout_p == 0
+    assert max_seqlen_q == (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).max()
+    out, repeat = torch.empty_like(q), q.shape[1] // k.shape[1]
+    for a, b in zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:]):
+        x, y, z = q[a:b].transpose(0, 1), k[a:b].repeat_interleave(repeat, 1), v[a:b].repeat_interleave(repeat, 1)
+        s = x @ y.transpose(0, 1).transpose(1, 2) * q.shape[-1] ** -0.5
+        s = s.masked_fill(torch.ones(b - a, b - a, dtype=torch.bool).triu(1), -torch.inf)
+        out[a:b] = (s.softmax(-1) @ z.transpose(0, 1)).transpose(0, 1)
+    return out
+
+
+def fake_with_kvcache(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+                      cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False):
+    """flash_attn_with_kvcache: appends k, v at cache_seqlens in place, then attends to cache_seqlens + 1 places."""
+    assert cache_seqlens.dtype == torch.int32 and q.shape[1] == 1 and k_cache.shape[0] == len(q)
+    out, repeat = torch.empty_like(q), q.shape[2] // k.shape[2]
+    for b, n in enumerate(cache_seqlens.tolist()):
+        k_cache[b, n], v_cache[b, n] = k[b, 0], v[b, 0]
+        K, V = (c[b, :n + 1].repeat_interleave(repeat, 1).transpose(0, 1) for c in (k_cache, v_cache))
+        s = q[b].transpose(0, 1) @ K.transpose(1, 2) * q.shape[-1] ** -0.5
+        out[b] = (s.softmax(-1) @ V).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_flash_attn_paths_give_the_same(family, monkeypatch):
+    """Same samples, same packed log-probs and gradients, through the code that calls flash-attn on a GPU."""
+    import model as model_py
+    model, prompts = build(family), some_prompts(12)
+    lengths, ids = [9, 1, 20], torch.randint(0, 29, (30,), generator=torch.Generator().manual_seed(0))
+
+    def everything():
+        model.zero_grad()
+        logp = model(ids, lengths, ids.roll(-1))[0]
+        logp.sum().backward()
+        return (generate(model, prompts, 3, 40, seed=2, slots=7), logp.detach(), [p.grad.clone() for p in model.parameters()])
+    plain = everything()
+    monkeypatch.setattr(model_py, "attention_kernel", lambda *_: "flash-attn")
+    monkeypatch.setattr(rollout, "attention_kernel", lambda *_: "flash-attn")
+    monkeypatch.setattr(model_py, "flash_attn_varlen_func", fake_varlen)
+    monkeypatch.setattr(rollout, "flash_attn_with_kvcache", fake_with_kvcache)
+    flash = everything()
+    assert [r.tokens for r in plain[0]] == [r.tokens for r in flash[0]]
+    assert torch.allclose(plain[1], flash[1], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain[2], flash[2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_gpu_kernels_against_float32(heads):
+    """Whatever packed kernel this machine chose, forward and backward, against SDPA in float32 on the CPU."""
+    H, K = heads
+    lengths = [70, 1, 33, 128]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), n, 64, generator=g) for n in (H, K, K))
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        x = [t.to(device, dtype).requires_grad_() for t in (q, k, v)]
+        o = causal(lengths, device, dtype)[1](0, *x)
+        o.float().square().sum().backward()
+        results.append([t.detach().float().cpu() for t in (o, *(t.grad for t in x))])
+    for a, b in zip(*results):
+        assert (a - b).abs().max() < 0.02 * a.abs().max()

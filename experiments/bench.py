@@ -1,0 +1,163 @@
+"""Speed as a ratio, in one process, alternating, against transformers on the same random weights and the same lengths.
+
+    python experiments/bench.py model      # forward + backward of a training batch: tokens/s, peak memory of the head
+    python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s
+
+On a CPU: one thread (two beside a busy neighbour measure the neighbour), small Qwen2 shapes. On a GPU: 3B and 7B shapes
+with random weights in bfloat16, and the share of the roofline. Results go to experiments/results/bench_<what>_<device>.json.
+"""
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import transformers
+
+from model import Config, Model, attention_kernel
+from rollout import generate
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+SHAPES = {  # hidden, mlp, layers, heads, kv heads, vocabulary
+    "h64v32": (64, 192, 2, 4, 2, 32), "h128v64": (128, 384, 4, 4, 2, 64), "h256v4096": (256, 768, 4, 4, 2, 4096)}
+GPU_SHAPES = {"3B": (2048, 11008, 36, 16, 2, 151936), "7B": (3584, 18944, 28, 28, 4, 152064)}
+
+
+def pair(shape):
+    """(ours, theirs): one Qwen2 of random weights, twice; sharp enough (std 0.1) that sampling is not uniform."""
+    hidden, mlp, layers, heads, kv, vocab = shape
+    config = transformers.Qwen2Config(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, vocab_size=vocab,
+                                      num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True,
+                                      max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+                                      initializer_range=0.02 if CUDA else 0.1)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+        ours = Model(Config.from_dict(config.to_dict())).to(DTYPE)
+    ours.load_state_dict({k.removeprefix("model."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"})
+    return ours, theirs
+
+
+def clock():
+    if CUDA:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()  # CPU seconds: other jobs on the machine do not count
+
+
+def alternate(runs, repeats):
+    """{name: [seconds]} of the functions `runs`, one warm-up, then in turn."""
+    seconds = {name: [] for name in runs}
+    for i in range(repeats + 1):
+        for name, f in runs.items():
+            t = clock()
+            f()
+            if i:
+                seconds[name].append(clock() - t)
+    return seconds
+
+
+def row(name, seconds, tokens, mine="ours"):
+    """Median tokens/s of each, and the ratio pair by pair: median, min, max."""
+    rate = {k: statistics.median(tokens / t for t in v) for k, v in seconds.items()}
+    best = max((k for k in seconds if k != mine), key=rate.get)
+    ratios = [b / a for a, b in zip(seconds[mine], seconds[best])]
+    out = {"case": name, **{k: round(v) for k, v in rate.items()}, "against": best,
+           "ratio": round(statistics.median(ratios), 2), "spread": [round(min(ratios), 2), round(max(ratios), 2)]}
+    print(f"{name:26s} " + "  ".join(f"{k} {v:,.0f} tok/s" for k, v in rate.items()) + f"  ratio {out['ratio']} {out['spread']}",
+          flush=True)
+    return out
+
+
+def bench_model():
+    """Packed log-probs with gradients, against transformers' padded logits and log_softmax, uniform and ragged lengths."""
+    rows = []
+    for name, shape in (GPU_SHAPES if CUDA else SHAPES).items():
+        ours, theirs = pair(shape)
+        for case, lengths in (("uniform", [512] * 32 if CUDA else [80] * 32),
+                              ("ragged", [2**k for k in range(4, 13)] * 2 if CUDA else [16 + 3 * k for k in range(32)] + [208] * 2)):
+            g = torch.Generator().manual_seed(0)
+            ids = [torch.randint(0, shape[-1], (n,), generator=g).to(DEVICE) for n in lengths]
+            flat, targets = torch.cat(ids), torch.cat([torch.cat([i[1:], i.new_tensor([-1])]) for i in ids])
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+
+            def run_ours():
+                ours.zero_grad()
+                ours(flat, lengths, targets)[0].sum().backward()
+
+            def run_theirs():
+                theirs.zero_grad()
+                z = theirs(padded, attention_mask=mask).logits[:, :-1].float()
+                logp = z.log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0]
+                (logp * mask[:, 1:]).sum().backward()
+            seconds = alternate({"ours": run_ours, "transformers": run_theirs}, 3 if CUDA else 7)
+            out = row(f"{name} {case}", seconds, sum(lengths))
+            if CUDA:  # 6 FLOPs a weight and token, and the attention's; against the matmul rate of this very card
+                hidden, mlp, layers, heads, kv, vocab = shape
+                weights = sum(p.numel() for p in ours.parameters())
+                flops = sum(6 * weights * n + 6 * layers * hidden * n * n for n in lengths)
+                out["mfu"] = round(flops / statistics.median(seconds["ours"]) / matmul_rate(), 3)
+                out["kernel"] = attention_kernel(torch.device(DEVICE), DTYPE)
+            rows.append(out)
+        del ours, theirs
+    return rows
+
+
+def matmul_rate():
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE)
+    seconds = alternate({"mm": lambda: a @ a}, 10)["mm"]
+    return 2 * 8192**3 / statistics.median(seconds)
+
+
+def bench_rollout():
+    """32 prompts x 8 samples. Uniform: 64 tokens each. RL-shaped: an EOS that makes lengths geometric, the cap 4 to 8 times
+    the mean; only tokens up to the EOS count. transformers draws its own samples: same distribution, other numbers."""
+    rows = []
+    for name, shape in (GPU_SHAPES if CUDA else SHAPES).items():
+        ours, theirs = pair(shape)
+        vocab, g = shape[-1], torch.Generator().manual_seed(0)
+        prompts = torch.randint(1, vocab, (32, 16), generator=g)
+        batch = prompts.repeat_interleave(8, 0).to(DEVICE)
+        useful = {}
+
+        def mine(cap, eos):
+            out = generate(ours, prompts.tolist(), 8, cap, eos_ids=eos, seed=1)
+            useful["ours"] = sum(len(r.logp) for r in out)
+
+        def hf(cap, eos, cache):
+            torch.manual_seed(1)
+            out = theirs.generate(batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=cap,
+                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=cache)[:, 16:]
+            done = torch.isin(out, torch.tensor(eos, device=out.device)).int().cumsum(1) if eos else torch.zeros_like(out)
+            useful[cache or "dynamic"] = int((done - torch.isin(out, torch.tensor(eos, device=out.device)).int() < 1).sum()) \
+                if eos else out.numel()
+        eos = list(range(1, 1 + max(1, round(vocab / 32))))  # one word in 32 ends it: mean length about 32
+        for case, cap, stop in (("uniform 64", 64, []), ("RL-shaped, cap 192", 192, eos)):
+            runs = {"ours": lambda: mine(cap, stop), "dynamic": lambda: hf(cap, stop, None)}
+            if not stop:
+                runs["static"] = lambda: hf(cap, stop, "static")
+            seconds = alternate(runs, 3)
+            seconds = {k: [t / useful[k] for t in v] for k, v in seconds.items()}  # per useful token
+            rows.append(row(f"{name} {case}", seconds, 1) | {"useful": dict(useful), "mean_length": round(useful["ours"] / 256, 1)})
+        del ours, theirs
+    return rows
+
+
+if __name__ == "__main__":
+    what = sys.argv[1] if len(sys.argv) > 1 else ""
+    if what not in ("model", "rollout"):
+        sys.exit(f"bench.py: {what!r} is neither model nor rollout")
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    rows = {"model": bench_model, "rollout": bench_rollout}[what]()
+    path = Path(__file__).parent / f"results/bench_{what}_{DEVICE}.json"
+    path.parent.mkdir(exist_ok=True)
+    machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
+    path.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__,
+                                "rows": rows}, indent=1))
