@@ -181,7 +181,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend, layer):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
 

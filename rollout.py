@@ -41,11 +41,12 @@ class Rollout:
     finished: bool  # ended by itself (EOS or stop string); False: cut at max_new_tokens
 
 
-def uniforms(key: int, count: int) -> Tensor:
-    """(count,) float32 in [0, 1): number t is a hash of (key, t), whatever is drawn elsewhere (splitmix64, 23 bits)."""
+def uniforms(keys: list[int], count: int) -> Tensor:
+    """(len(keys), count) float32 in [0, 1): number t of a key is a hash of (key, t), whatever else is drawn (splitmix64,
+    23 bits, so that u < 1 also after rounding)."""
     def shift(z, k):  # logical, on signed 64 bits
         return (z >> k) & ((1 << (64 - k)) - 1)
-    z = key + torch.arange(1, count + 1) * -7046029254386353131
+    z = torch.tensor(keys)[:, None] + torch.arange(1, count + 1) * -7046029254386353131
     z = (z ^ shift(z, 30)) * -4658895280553007687
     z = (z ^ shift(z, 27)) * -7723592293110705685
     return shift(z ^ shift(z, 31), 41).float() / 2**23
@@ -230,7 +231,7 @@ def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens:
             k, v = (torch.cat([ready[i][0][layer][x] for _, i, _ in took]) for x in (0, 1))
             cache.store(layer, rows.repeat_interleave(lens), at, k, v)
         position[rows], count[rows], done[rows], ended[rows] = lens, 0, False, False
-        u[rows] = torch.stack([uniforms(request_key(prompts[i], seeds[i], j), max_new_tokens) for _, i, j in took]).to(device)
+        u[rows] = uniforms([request_key(prompts[i], seeds[i], j) for _, i, j in took], max_new_tokens).to(device)
         for slot, i, j in took:
             request[slot] = i, j
         partly = {i: ready[i] for i, _ in list(waiting)[:1] if i in ready}

@@ -6,6 +6,7 @@ the policy gradient (written down here a second time, in numpy), and what must h
 import inspect
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -931,20 +932,15 @@ def test_gradient_flows_to_logp_alone():
 
 # ---- 6. An objective of your own, in ten lines ----
 
-MINE = '''
-@objective("token-mean")
-def my_wider_grpo(x, eps=0.3):
-    """My idea: GRPO with a band of its own."""
-    return ppo(x, 1 - eps, 1 + eps)
-
-'''
+README = (ROOT / "README.md").read_text()
+MINE = re.search(r"### Your own in ten lines.*?```python\n(.*?)```", README, re.S).group(1) + "\n"  # as the README says it
 FIND_IT = '''
 import losses, torch
 from experiments.objectives import families
 t = torch.full((2, 3), -1.0)
-loss, metrics = losses.policy_loss("my_wider_grpo", t, t, torch.ones(2), torch.ones(2, 3), eps=0.4)
-assert loss == -1 and "my_wider_grpo" in losses.OBJECTIVES
-assert any("my_wider_grpo" in names for names in families().values())
+loss, metrics = losses.policy_loss("tanh_gate", t, t, torch.ones(2), torch.ones(2, 3), width=0.4)
+assert loss == -1 and "tanh_gate" in losses.OBJECTIVES
+assert any("tanh_gate" in names for names in families().values())
 '''
 
 
@@ -955,6 +951,8 @@ def test_your_own_objective_in_ten_lines(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
     text = (ROOT / "losses.py").read_text()
     place = text.index("# ---- From token losses")
+    for file in (*ROOT.glob("*.py"), ROOT / "README.md"):
+        shutil.copy(file, tmp_path)
     (tmp_path / "losses.py").write_text(text[:place] + MINE + text[place:])
     assert MINE.count("\n") <= 10
 
@@ -965,5 +963,6 @@ def test_your_own_objective_in_ten_lines(tmp_path):
         return done.stdout
 
     run("-c", FIND_IT)
-    report = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "my_wider_grpo")
+    report = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "tanh_gate")
     assert "8 passed" in report, report
+    run("train.py", *"--loss tanh_gate --steps 1 --skill_steps 0 --width 16 --layers 1 --eval_problems 8".split())
