@@ -9,8 +9,8 @@ Without --model a small Qwen2 is built for a procedural task and warm-started on
 something to select from. Every rank holds all rollouts of a step (token ids are small) and computes the same plan of
 mini-batches and micro-batches from them, so no rank ever waits for a decision of another.
 """
+import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -100,26 +100,26 @@ no_answer unparsable timeout error skipped pos_peak pos_valley neg_peak neg_vall
 update_tps seconds""".split()
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and every flag's default."""
+
+
 def parse() -> Config:
     from transformers import HfArgumentParser
-    parser = HfArgumentParser(Config, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(Config, description=__doc__, allow_abbrev=False, formatter_class=Help)
     parser.error = lambda message: sys.exit(f"train.py: {message}; --help lists every flag")
-    argv = sys.argv[1:]
-    known = parser.parse_known_args(argv)[0]
-    if known.resume and not known.out:
-        runs = sorted(Path("runs").glob("default*/config.json"), key=lambda p: p.stat().st_mtime)
-        argv += ["--out", str(runs[-1].parent if runs else "runs/default")]
+    known = parser.parse_known_args()[0]
     if known.resume:  # the run's own flags are the defaults; what is typed now goes before
-        path = Path(argv[-1] if not known.out else known.out) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"--resume: {path} does not exist: there is no run to continue in {path.parent}")
-        saved = json.loads(path.read_text())
+        runs = sorted(Path("runs").glob("default*/config.json"), key=lambda p: p.stat().st_mtime)
+        out = Path(known.out or (runs[-1].parent if runs else "runs/default"))
+        if not (out / "config.json").is_file():
+            raise ValueError(f"--resume: {out / 'config.json'} does not exist: there is no run to continue in {out}")
+        saved = json.loads((out / "config.json").read_text()) | {"out": str(out)}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
-    (cfg, rest) = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    cfg, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if rest:
         names = ["--" + f for f in Config.__dataclass_fields__]
-        near = difflib.get_close_matches(rest[0].split("=")[0].replace("-", "_").replace("__", "--", 1), names, 3, 0.5)
-        raise ValueError(f"unknown flag {rest[0]}; nearest: {', '.join(near) or 'see --help'}")
+        raise ValueError(data.nearest("--" + rest[0].split("=")[0].lstrip("-").replace("-", "_"), names, "flag"))
     for name in ("steps", "prompts", "samples", "updates", "epochs", "tokens_per_microbatch", "eval_every", "eval_problems",
                  "save_every", "keep", "threads", "max_prompt_tokens", "width", "layers"):
         if getattr(cfg, name) < 1:
@@ -155,16 +155,17 @@ def hyperparameters(cfg) -> dict:
 
 
 def open_run(cfg) -> Path:
-    """The run directory: named, new, and writable, or this line says why not."""
+    """The run directory: new (or to be resumed) and writable, or the line that says why not. Nothing is overwritten."""
     out = Path(cfg.out)
     if not cfg.out:
         taken = (Path(f"runs/default{'' if i == 1 else f'-{i}'}") for i in range(1, 10**6))
-        out = next(p for p in taken if not p.exists())
+        out = next(p for p in taken if not (p / "config.json").exists())
     elif not cfg.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
         raise ValueError(f"--out {out} holds a run already: choose another directory, or continue it with --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
+        (out / ".probe").touch()
+        (out / ".probe").unlink()
     except OSError as e:
         raise ValueError(f"--out {out}: cannot write there ({e.strerror})") from None
     return out
@@ -185,12 +186,13 @@ def new_model(cfg) -> Path:
     path = Path("runs/warmstart") / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     if path.is_dir() or not MAIN:
         return path
-    model = Model.from_scratch(raw, cfg.seed)
+    model = Model.from_scratch(raw, cfg.seed, DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     phases = [("skill", cfg.skill_steps), ("habit", cfg.habit_steps if cfg.skill_steps else 0)]
     with tqdm(total=sum(n for _, n in phases), desc="warm start on demonstrations", mininterval=0.5) as bar:
         for phase, steps in phases:
-            demos = [(tokenizer.encode(p), tokenizer.encode(r)) for p, r in data.demos(cfg.data, 128 * steps, phase, cfg.seed)]
+            texts = list(zip(*data.demos(cfg.data, 128 * steps, phase, cfg.seed))) or [(), ()]
+            demos = list(zip(*(tokenizer(list(some)).input_ids if some else () for some in texts)))
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
                 rows = demos[128 * step:128 * (step + 1)]
@@ -489,6 +491,8 @@ def train(cfg: Config):
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    if MAIN:  # from here on the directory holds a run
+        (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
     first, history = 1, []
     if cfg.resume:
         first = restore(out, model, optimizer) + 1 if (out / "latest").is_file() else 1
