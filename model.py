@@ -8,6 +8,7 @@ Tokens are always one flat list, (N,), of sequences laid end to end; what may lo
 attend(layer, q, k, v) that is passed down. The trainer, the sampler and the eval differ in that function alone.
 Parameter names are Hugging Face's, so a checkpoint is read and written without a table of renames.
 """
+import inspect
 import json
 import math
 import os
@@ -148,7 +149,8 @@ def varlen(kernel, q, k, v, cu, longest):
         return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
     from torch.nn.attention.varlen import varlen_attn
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # torch 2.11 has no enable_gqa
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+    new = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 and later
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **({"window_size": (-1, 0)} if new else {"is_causal": True}))
 
 
 # ---- The network --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """model.py against transformers, autograd and float64, on small random checkpoints that transformers itself writes."""
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import transformers
 import model as model_py
 from model import Config, Model, TokenLogp, causal, find_checkpoint
 
+ROOT = Path(__file__).parent.parent
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, eos_token_id=5)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64,
@@ -158,22 +162,44 @@ def test_chunked_head_is_the_naive_one(chunk, monkeypatch):
         assert all(torch.allclose(a, b, atol=10 * tol) for a, b in zip(mine, naive))
 
 
+def peak_memory(code, *args):
+    """MiB that a fresh process had at most, which runs `code`."""
+    code = f"import resource, sys, torch, model\ntorch.set_num_threads(1)\n{code}\n" \
+           "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    out = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(out.stdout.splitlines()[-1])
+
+
 def test_head_memory_does_not_grow_with_the_logits():
-    """8,192 tokens x 16,384 words are 512 MiB of float32 logits; the head's own peak stays near one chunk, in a process of
-    its own so that ru_maxrss means something."""
-    import subprocess
-    import sys
+    """8,192 tokens x 16,384 words are 512 MiB of float32 logits; the head's own peak stays near one chunk."""
     code = """
-import resource, sys, torch, model
-torch.set_num_threads(1)
 model.LOGITS_CHUNK = 2**20
 h, W = torch.randn(int(sys.argv[1]), 32, requires_grad=True), torch.randn(16384, 32, requires_grad=True)
-t = torch.zeros(len(h), dtype=torch.long)
-model.TokenLogp.apply(h, W, t, 1.0)[0].sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
-    small, big = (int(subprocess.run([sys.executable, "-c", code, n], capture_output=True, text=True, check=True).stdout)
-                  for n in ("64", "8192"))
-    assert big - small < 64, f"peak grew by {big - small} MiB, the logits are 512 MiB"
+model.TokenLogp.apply(h, W, torch.zeros(len(h), dtype=torch.long), 1.0)[0].sum().backward()"""
+    grown = peak_memory(code, 8192) - peak_memory(code, 64)
+    assert grown < 64, f"peak grew by {grown} MiB, the logits are 512 MiB"
+
+
+@pytest.mark.slow
+def test_head_memory_at_full_size():
+    """16,384 tokens x 152,064 words, 9.3 GiB of float32 logits: under 1 GB more than the inputs and gradients."""
+    code = """
+h, W = torch.randn(int(sys.argv[1]), 64, requires_grad=True), torch.randn(152064, 64, requires_grad=True)
+model.TokenLogp.apply(h, W, torch.zeros(len(h), dtype=torch.long), 1.0)[0].sum().backward()"""
+    grown = peak_memory(code, 16384) - peak_memory(code, 1)
+    print(f"{grown} MiB")
+    assert grown < 950
+
+
+def test_loading_streams_one_tensor_at_a_time(tmp_path, monkeypatch):
+    """A checkpoint of 12 shards: the peak is the model and about one shard, not the model twice."""
+    monkeypatch.setattr(model_py, "SHARD_BYTES", 20_000_000)
+    raw = dict(SIZES, model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=14, vocab_size=4096)
+    Model.from_scratch(raw).save_pretrained(tmp_path / "big")
+    size = sum(f.stat().st_size for f in (tmp_path / "big").glob("*.safetensors")) / 2**20
+    assert len(list((tmp_path / "big").glob("*.safetensors"))) > 9 and size > 200
+    grown = peak_memory("model.Model.from_pretrained(sys.argv[1])", tmp_path / "big") - peak_memory("")
+    assert grown < size + 60, f"{grown} MiB for a model of {size:.0f} MiB"
 
 
 # ---- config.json and files that are not what they should be ----
