@@ -2,6 +2,7 @@
 
     python experiments/bench.py model      # forward + backward of a training batch: tokens/s, peak memory of the head
     python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s
+    python experiments/bench.py rewards    # graders: milliseconds a response, responses/s of the pool (no peer)
 
 On a CPU: one thread (two beside a busy neighbour measure the neighbour), small Qwen2 shapes. On a GPU: 3B and 7B shapes
 with random weights in bfloat16, and the share of the roofline. Results go to experiments/results/bench_<what>_<device>.json.
@@ -149,13 +150,40 @@ def bench_rollout():
     return rows
 
 
+def bench_rewards():
+    """The hard cases of tests/test_rewards.py, one by one and through the pool, and the plain numbers most rollouts end with."""
+    from rewards import Scorer, grade
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from test_rewards import MATH
+    hard = [("math", rf"\boxed{{{text}}}", {"answer": gold}) for gold, right, wrong in MATH for text in right + wrong]
+    plain = [("math", rf"so the answer is \boxed{{{i % 50}}}.", {"answer": str(i % 40)}) for i in range(2000)]
+    rows = []
+    for case, items in (("hard math cases", hard), ("plain numbers", plain)):
+        seconds = []
+        for task, response, problem in items:
+            t = time.perf_counter()
+            grade(task, response, **problem)
+            seconds.append(time.perf_counter() - t)
+        with Scorer(workers=2) as scorer:
+            scorer(hard[:4])  # start the workers
+            t = time.perf_counter()
+            scorer(items)
+            t = time.perf_counter() - t
+        rows.append({"case": case, "responses": len(items), "median_ms": round(1000 * statistics.median(seconds), 3),
+                     "p90_ms": round(1000 * sorted(seconds)[int(0.9 * len(items))], 1), "max_s": round(max(seconds), 2),
+                     "pool_per_second": round(len(items) / t)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 if __name__ == "__main__":
+    benches = {"model": bench_model, "rollout": bench_rollout, "rewards": bench_rewards}
     what = sys.argv[1] if len(sys.argv) > 1 else ""
-    if what not in ("model", "rollout"):
-        sys.exit(f"bench.py: {what!r} is neither model nor rollout")
+    if what not in benches:
+        sys.exit(f"bench.py: {what!r} is none of {', '.join(benches)}")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = {"model": bench_model, "rollout": bench_rollout}[what]()
+    rows = benches[what]()
     path = Path(__file__).parent / f"results/bench_{what}_{DEVICE}.json"
     path.parent.mkdir(exist_ok=True)
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"

@@ -53,7 +53,7 @@ def draw(runs):
     axes[1].set_ylim(0, 12)
     axes[1].axhline(3, color="gray", lw=0.8, ls=":")
     axes[1].axhline(10, color="gray", lw=0.8, ls=":")
-    axes[1].text(98, 3.2, "a guess: #3$", ha="right", fontsize=9, color="gray")
+    axes[1].text(98, 2.3, "a guess: #3$", ha="right", fontsize=9, color="gray")
     axes[1].text(98, 10.3, "step by step: >348943#3$", ha="right", fontsize=9, color="gray")
     n = sum(not r["flags"] for r in runs)
     axes[0].plot([], [], color="#1f5a99", label=f"default run, {n} seeds")
