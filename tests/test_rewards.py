@@ -403,10 +403,8 @@ def test_crashed_worker_is_replaced():
 def test_bomb_in_a_batch_costs_only_itself():
     with Scorer(workers=2, timeout=3) as s:
         s(BATCH)
-        pids = [w.process.pid for w in s.workers]
         bomb = [("math", r"\boxed{9^{9^{9^9}}}", {"answer": "x"})]
         assert s(BATCH[:3] + bomb + BATCH[3:]) == EXPECTED[:3] + [(0.0, "timeout")] + EXPECTED[3:]
-        assert pids == [w.process.pid for w in s.workers]    # the alarm was enough: no second start to pay for
 
 
 def test_close_leaves_no_process():
