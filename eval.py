@@ -148,8 +148,8 @@ def fingerprint(model, args, how):
     return digest.hexdigest()[:12]
 
 def graded(rows, scorer, acpo_compat):
-    loose = [{"acpo_compat": True} if acpo_compat and r["task"] == "math" else {} for r in rows]
-    grades = scorer([(r["task"], r["response"], r["answer"] | how) for r, how in zip(rows, loose)])
+    how = {"math": {"acpo_compat": acpo_compat}}
+    grades = scorer([(r["task"], r["response"], r["answer"] | how.get(r["task"], {})) for r in rows])
     return [r | {"score": score, "status": status} for r, (score, status) in zip(rows, grades)]
 
 def read_rows(path):
@@ -195,9 +195,9 @@ def collect(path, questions, how, model, tokenizer, scorer, args):
             where = [i * n + j for i in mine for j in range(n)]
             new = graded([heads[w] | {"response": text, "finished": r.finished, "length": len(r.logp)}
                           for w, r, text in zip(where, rollouts, texts)], scorer, args.acpo_compat)
-            new = dict(pair for part in gather(list(zip(where, new))) for pair in part)
-            rows += [new[w] for w in sorted(new)]
-            file.write("".join(json.dumps(new[w]) + "\n" for w in sorted(new)))
+            new = sorted(sum(gather(list(zip(where, new))), []), key=lambda pair: pair[0])
+            rows += [row for _, row in new]
+            file.write("".join(json.dumps(row) + "\n" for _, row in new))
             file.flush()
             bar.update(len(new))
             bar.set_postfix_str(f"score {mean([r['score'] for r in rows]):.3f}")
@@ -253,8 +253,8 @@ def compare(ours, other):
 
 def report_difference(differences):
     return table([["task", "this", "other", "difference ± SE", "questions", "verdict"]] + [
-        [task, percent(d["ours"]), percent(d["other"]), percent(d["difference"], d["se"]), str(d["questions"]),
-         d["verdict"]] for task, d in differences.items()])
+        [name, percent(d["ours"]), percent(d["other"]), percent(d["difference"], d["se"]), str(d["questions"]),
+         d["verdict"]] for name, d in differences.items()])
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -319,11 +319,8 @@ def evaluate(args):
         3072 if any(t in data.SOURCES for t in tasks.values()) else 1024)
     longest = model.config.max_position_embeddings - args.max_new_tokens
     questions = {name: load_questions(task, args, tokenizer, longest) for name, task in tasks.items()}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".results.json").touch()
-    except OSError as e:
-        raise ValueError(f"--out {args.out}: cannot write there ({e.strerror})") from None
+    args.out.mkdir(parents=True, exist_ok=True)  # after all that may be wrong with the flags
+    (args.out / ".results.json").touch()
     protocol = "n temperature top_p max_new_tokens template seed acpo_compat".split()
     protocol = {name: getattr(args, name) for name in protocol}
     if MAIN:
@@ -342,7 +339,7 @@ def evaluate(args):
             once = score_rows(greedy, 1)
             results[name] = {"alias": name, **score_rows(rows, args.n, args.k), "run": rows[0]["run"],
                              "greedy": once["avg@1"], "greedy_se": once["se"]}
-            hub = data.SOURCES[tasks[name]]["test"] if tasks[name] in data.SOURCES else None
+            hub = data.SOURCES.get(tasks[name], {}).get("test")
             any_of = sum(p.task == "math" and isinstance(p.answer["answer"], list) for p, _, _ in asked)
             notes[name] = {"task": tasks[name], "grader": asked[0][0].task, "any_of": any_of, "hub": hub and hub.hub,
                            "revision": hub and hub.revision}

@@ -473,7 +473,7 @@ def test_bad_files(call, tmp_path):
     assert "not a results.json" in line_of(call, "--compare", tmp_path / "results.json", "--out", tmp_path / "b")
     (tmp_path / "results.json").write_text('{"results": {"aime24": {}}}')
     assert "no result of chainsum" in line_of(call, "--compare", tmp_path / "results.json", "--out", tmp_path / "b")
-    assert "cannot write there" in line_of(call, "--out", tmp_path / "results.json" / "sub")
+    assert f"'{tmp_path}/results.json" in line_of(call, "--out", tmp_path / "results.json" / "sub")
 
 
 # ---------------------------------------------------------------- the page of samples, and the real command
