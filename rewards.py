@@ -362,7 +362,7 @@ def worker():
         print(json.dumps([score, status]), file=out, flush=True)
 
 class Worker:
-    """A child process `python rewards.py --worker`, started on first use. Math-Verify's alarm works in main threads only,
+    """Child process `python rewards.py --worker`, started on first use. Math-Verify's alarm works only in main threads,
     and some answers (2^{2^{50}}) never come back: so a process, which can be killed."""
 
     def __init__(self):

@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -588,6 +589,7 @@ def shuffled(n, seed, epoch):
 
 def main():
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves its checkpoints alone, on purpose
     try:
         cfg = parse()
         torch.set_num_threads(cfg.threads)
