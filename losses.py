@@ -289,7 +289,7 @@ def aggregate(loss, mask, agg, *, totals=None, max_len=None, group_size=None):
     elif agg == "seq-mean-token-sum-norm":  # a constant length: long responses are not favoured (2503.20783)
         scale = scale * (max_len or mask.shape[1])
     elif agg == "winning-groups":  # WAPO: group size x length budget x groups with a winner
-        scale = totals["winning_groups"] * (max_len or mask.shape[1]) * (group_size or len(n))
+        scale = max(totals["winning_groups"], 1) * (max_len or mask.shape[1]) * (group_size or len(n))
     return loss.sum() / torch.as_tensor(scale).clamp(min=1)
 
 

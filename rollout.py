@@ -72,7 +72,7 @@ def draw(logits: Tensor, u: Tensor, temperature=1.0, top_k=0, top_p=1.0, banned:
             outside = ordered.cumsum(-1) - ordered >= top_p * ordered.sum(-1, keepdim=True)
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0)
         cdf = p.cumsum(-1)
-        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
     return token, logp.gather(1, token[:, None])[:, 0]
 
 
@@ -96,7 +96,7 @@ class Cache:
         """The first `length` tokens of slots `src` over those of slots `dst`."""
         used = (slice(length),) if self.flash else (slice(None), slice(length))
         for K, V in self.kv:
-            K[dst, *used], V[dst, *used] = K[src, *used], V[src, *used]
+            K[(dst, *used)], V[(dst, *used)] = K[(src, *used)], V[(src, *used)]
 
     def decode(self, position: Tensor, length: int):
         """attend() for one new token in each of the first n slots, at `position` (n,) < length. Without flash-attn: two
@@ -161,7 +161,9 @@ def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens:
     length = max(map(len, prompts)) + max_new_tokens
     token_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.embed_tokens.weight.element_size()
     if kv_tokens is None:
-        free = 0.6 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else CPU_CACHE_BYTES
+        free = CPU_CACHE_BYTES
+        if device.type == "cuda":  # what PyTorch holds but does not use is free too
+            free = 0.6 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
         kv_tokens = int(free) // token_bytes
     if kv_tokens < length:
         raise ValueError(f"generate: the longest prompt ({length - max_new_tokens} tokens) + max_new_tokens ({max_new_tokens}) "

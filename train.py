@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -47,7 +47,7 @@ def flag(default, text):
 
 @dataclass
 class Config:
-    """RLVR with any clipping objective. Defaults: the laptop run, about a minute and a half on 2 CPU cores."""
+    """RLVR with any clipping objective. Defaults: the laptop run, one to two minutes on 2 CPU cores."""
     loss: str = flag("acpo", "objective, by its name in losses.py")
     loss_args: list[str] = flag([], "its hyper-parameters, as alpha=2 eps=0.1")
     advantage: str = flag("", "grpo, mean, rloo, maxrl, gpg, reinforce_pp, reward, signed (default: the objective's own)")
@@ -118,6 +118,9 @@ def parse() -> Config:
         saved = json.loads((out / "config.json").read_text()) | {"out": str(out)}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
     cfg, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    for name in ("model", "data", "width", "layers", "seed") if known.resume else ():
+        if getattr(cfg, name) != saved.get(name, getattr(cfg, name)):
+            raise ValueError(f"--resume: --{name} was {saved[name]!r} in this run and cannot become {getattr(cfg, name)!r}")
     if rest:
         names = ["--" + f for f in Config.__dataclass_fields__]
         raise ValueError(data.nearest("--" + rest[0].split("=")[0].lstrip("-").replace("-", "_"), names, "flag"))
@@ -132,8 +135,11 @@ def parse() -> Config:
     if cfg.acpo_stats not in ("batch", "micro"):
         raise ValueError(f"--acpo_stats {cfg.acpo_stats}: batch or micro")
     probe = torch.zeros(1, 1, requires_grad=True)  # let losses.py itself say what is wrong with a name
-    losses.policy_loss(cfg.loss, probe, torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), agg=cfg.agg or None,
-                       entropy=torch.zeros(1, 1), **hyperparameters(cfg))
+    try:
+        losses.policy_loss(cfg.loss, probe, torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), agg=cfg.agg or None,
+                           entropy=torch.zeros(1, 1), **hyperparameters(cfg))
+    except (TypeError, RuntimeError, IndexError) as e:
+        raise ValueError(f"--loss_args {' '.join(cfg.loss_args)}: {cfg.loss} cannot use that ({str(e).splitlines()[0]})") from None
     losses.advantages(torch.zeros(1), 1, cfg.advantage or "grpo", torch.ones(1))
     if not cfg.max_new_tokens:
         demos = data.demos(cfg.data, 256, "skill") + data.demos(cfg.data, 256, "habit") if cfg.data in data.TASKS else []
@@ -142,7 +148,7 @@ def parse() -> Config:
 
 
 def hyperparameters(cfg) -> dict:
-    """--loss_args alpha=2 part=low to {"alpha": 2.0, "part": "low"}."""
+    """--loss_args alpha=2 eps=0.1 to {"alpha": 2, "eps": 0.1}."""
     out = {}
     for arg in cfg.loss_args:
         name, eq, value = arg.partition("=")
@@ -159,8 +165,8 @@ def open_run(cfg) -> Path:
     """The run directory: new (or to be resumed) and writable, or the line that says why not. Nothing is overwritten."""
     out = Path(cfg.out)
     if not cfg.out:
-        taken = (Path(f"runs/default{'' if i == 1 else f'-{i}'}") for i in range(1, 10**6))
-        out = next(p for p in taken if not (p / "config.json").exists())
+        names = (Path(f"runs/default{'' if i == 1 else f'-{i}'}") for i in range(1, 10**6))
+        out = next(p for p in names if claim(p))
     elif not cfg.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
         raise ValueError(f"--out {out} holds a run already: choose another directory, or continue it with --resume")
     try:
@@ -170,6 +176,15 @@ def open_run(cfg) -> Path:
     except OSError as e:
         raise ValueError(f"--out {out}: cannot write there ({e.strerror})") from None
     return out
+
+
+def claim(path) -> bool:
+    """Make directory `path`; False if it is there already, also if another process was a moment faster."""
+    try:
+        path.mkdir(parents=True)
+        return True
+    except FileExistsError:
+        return False
 
 
 def new_model(cfg) -> Path:
@@ -213,12 +228,13 @@ def new_model(cfg) -> Path:
 
 def load_problems(cfg, model, tokenizer):
     """Two lists of (Problem, prompt, prompt ids): to train on and held out. A set without test split gives a tenth away."""
-    problems = data.load(cfg.data, "train", seed=cfg.seed)
+    problems = data.load(cfg.data, "train", seed=cfg.seed if cfg.data in data.TASKS else 0)
     if cfg.eval_data or cfg.data in data.TASKS or "test" in data.SOURCES.get(cfg.data, ()):
         held_out = data.load(cfg.eval_data or cfg.data, "test", n=cfg.eval_problems)
     else:
-        k = min(cfg.eval_problems, len(problems) // 10 or len(problems) // 2)
-        held_out, problems = problems[:k], problems[k:]
+        every = 10 if len(problems) >= 10 else 2  # spread over the file, which may be sorted; the same for every --seed
+        held_out = problems[every - 1::every][:cfg.eval_problems]
+        problems = [p for i, p in enumerate(problems) if (i + 1) % every or i >= every * len(held_out)]
         if not held_out:
             raise ValueError(f"--data {cfg.data}: one problem alone cannot be trained on and held out; give --eval_data")
     longest = min(cfg.max_prompt_tokens, model.config.max_position_embeddings - cfg.max_new_tokens)
@@ -262,10 +278,12 @@ def whole_weights(model):
     for m in units:
         m.unshard()
         m.set_reshard_after_forward(False, recurse=False)
-    yield
-    for m in units:
-        m.set_reshard_after_forward(m is not model, recurse=False)
-        m.reshard()
+    try:
+        yield
+    finally:
+        for m in units:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
 
 
 def gather(rows: list) -> list:
@@ -460,11 +478,11 @@ def restore(out, model, optimizer) -> int:
     return int(name.removeprefix("step-"))
 
 
-def rewind(out, step, cfg):
+def rewind(out, step):
     """Drop the lines of metrics.jsonl after `step`, and evaluations that were made only because a shorter run ended there."""
-    path = out / "metrics.jsonl"
+    path, every = out / "metrics.jsonl", json.loads((out / "config.json").read_text())["eval_every"]
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-    lines = [m | {"eval": m["eval"] if m["step"] == 1 or m["step"] % cfg.eval_every == 0 else None}
+    lines = [m | {"eval": m["eval"] if m["step"] == 1 or m["step"] % every == 0 else None}
              for m in lines if m["step"] <= step]
     (out / ".metrics").write_text("".join(json.dumps(m) + "\n" for m in lines))
     (out / ".metrics").rename(path)
@@ -482,6 +500,7 @@ def train(cfg: Config):
     began = time.time()
     out = open_run(cfg) if MAIN else None
     out = gather([out])[0]
+    cfg.out = str(out)
     source = cfg.model or new_model(cfg)
     barrier()
     model = load_model(source)
@@ -492,22 +511,24 @@ def train(cfg: Config):
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    if MAIN:  # from here on the directory holds a run
-        (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
     first, history = 1, []
     if cfg.resume:
         first = restore(out, model, optimizer) + 1 if (out / "latest").is_file() else 1
-        history = rewind(out, first - 1, cfg) if MAIN else []
+        history = rewind(out, first - 1) if MAIN and first <= cfg.steps else []
     if first > cfg.steps:
         raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {first - 1} already; give a larger --steps")
-    if MAIN:
+    if MAIN:  # from here on the directory holds a run
+        (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
         tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters on {WORLD} x {DEVICE.type}, attention: "
                    f"{attention_kernel(DEVICE, torch.bfloat16 if DEVICE.type == 'cuda' else torch.float32)}; "
                    f"loss {cfg.loss}; run directory {out}")
 
+        if cfg.samples == 1 and (cfg.advantage or losses.OBJECTIVES[cfg.loss].advantage) not in ("reward", "signed"):
+            tqdm.write("--samples 1: a group of one has no baseline, every advantage is 0; try --advantage signed")
+
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, say how to go on; a second one breaks off at once
-        signal.signal(s, lambda *_: signal.default_int_handler() if stop else stop.append(1))
+        signal.signal(s, lambda *a: signal.default_int_handler(*a) if stop else stop.append(1))
     scorer, bad, drawn = Scorer(workers=2), 0, 0.0
 
     def evaluate():
@@ -557,7 +578,10 @@ def train(cfg: Config):
                 save(out, step, model, optimizer, cfg)
             if MAIN and (time.time() - drawn > 15 or step == cfg.steps or stopping):
                 from experiments.curves import draw
-                draw(out)
+                try:
+                    draw(out)
+                except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
+                    tqdm.write(f"curves.png not drawn: {e}")
                 drawn = time.time()
             if stopping:
                 break
@@ -601,7 +625,11 @@ def main():
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         train(cfg)
     except (ValueError, OSError) as e:
+        with suppress(OSError, NameError):
+            Path(cfg.out or ".").rmdir()  # nothing in it yet: leave no empty run behind (fails if there is something)
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

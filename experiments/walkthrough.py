@@ -1,6 +1,6 @@
 """One prompt through the whole loop, with its numbers: python experiments/walkthrough.py
 
-A small model that has learned to guess (80 steps on demonstrations, two seconds) answers one prompt eight times. Its
+A small model that has mostly learned to guess (81 steps on demonstrations, two seconds) answers one prompt eight times. Its
 responses are scored, the scores become advantages, the advantages weights on log-probs, and two gradient steps (of one
 plain SGD, so that the first-order story can be checked by hand) change the probability of every token. tests/test_walkthrough.py recomputes each number another way; README.md shows the output.
 """
@@ -63,8 +63,9 @@ def token_weights(name, logp, old_logp, adv, mask):
 
 
 def report(w):
-    lines = [f"prompt {PROMPT}   answer {w['answer']}", "", "response  reward  advantage"]
-    lines += [f"{text:9s} {r:6.0f} {a:10.3f}" for text, r, a in zip(w["texts"], w["reward"].tolist(), w["adv"].tolist())]
+    lines = [f"prompt {PROMPT}   answer {w['answer']}", "", " i response  reward  advantage"]
+    rows = zip(w["texts"], w["reward"].tolist(), w["adv"].tolist())
+    lines += [f" {i} {text:9s} {r:6.0f} {a:10.3f}" for i, (text, r, a) in enumerate(rows)]
     lines += ["", "                     update 1         update 2: weight of the token under", " i token  p_old   ratio  weight    ratio"
               "   grpo   acpo  cispo   p after"]
     first, second = w["steps"]
@@ -74,7 +75,7 @@ def report(w):
             ws = [second["weights"][n][i, t].item() + 0.0 for n in ("grpo", "acpo", "cispo")]  # + 0.0: no "-0.000"
             lines.append(f" {i} {token:5s} {first['old_logp'][i, t].exp().item():6.3f} {r1:7.3f} {first['weights']['grpo'][i, t]:7.3f} "
                          f"{r2:8.3f} {ws[0]:6.3f} {ws[1]:6.3f} {ws[2]:6.3f} {w['after'][i, t].exp().item():9.3f}")
-    lines += ["", f"loss {abs(first['loss']):.3f}, then {second['loss']:.3f}; clipped at update 2: "
+    lines += ["", f"loss {abs(first['loss']):.3f}, then {second['loss']:.3f}; clipped by grpo at update 2: "
               f"{100 * (second['metrics']['clip_low'] + second['metrics']['clip_high']).item():.1f} % of the tokens"]
     return "\n".join(lines)
 

@@ -319,7 +319,7 @@ def test_microbatches_respect_the_budget(monkeypatch):
 @pytest.mark.parametrize("flags, said", [
     (("--loss", "acpoo"), "acpo"), (("--los", "acpo"), "--loss"), (("--data", "chainsun"), "chainsum"),
     (("--steps", "many"), "--steps"), (("--prompts", 0), "--prompts 0"), (("--updates", 100), "--updates 100"),
-    (("--loss_args", "alhpa=2"), "alpha"), (("--loss_args", "alpha"), "name=value"), (("--agg", "mean"), "token-mean"),
+    (("--loss_args", "alhpa=2"), "alpha"), (("--loss_args", "alpha"), "name=value"), (("--loss_args", "alpha=abc"), "acpo cannot use that"), (("--agg", "mean"), "token-mean"),
     (("--advantage", "gae"), "gae"), (("--model", "no/where/at/all"), "no such directory"), (("--model", "."), "config.json"),
     (("--template", "orzz"), "orz"), (("--data", "noanswer.jsonl"), "needs --model"), (("--lr", 0), "--lr"), (("--eval_data", "missing.jsonl"), "missing.jsonl"),
     (("--eval_data", "noanswer.jsonl"), "noanswer.jsonl line 2"), (("--eval_data", "empty.jsonl"), "empty.jsonl"),
@@ -366,7 +366,7 @@ def test_a_local_file_is_trained_on_and_a_tenth_held_out(run, tmp_path, monkeypa
     model = f"small/{Path('small/latest').read_text()}"
     run("--model", model, "--data", "mine.jsonl", "--max_new_tokens", 8, "--prompts", 4, "--samples", 2, "--steps", 9, "--out", "r")
     held_out = seen[0]
-    assert len(held_out) == 2 and sum(s == held_out for s in seen) == 2  # before the first update and after the last
+    assert held_out == {"mine-10", "mine-20"} and sum(s == held_out for s in seen) == 2  # before the first update and after the last
     trained = set().union(*(s for s in seen if s != held_out))
     assert len(trained) == 18 and not trained & held_out  # 36 draws: two epochs of all the others
 
@@ -378,3 +378,24 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(run):
     Path("early/metrics.jsonl").write_text(Path("whole/metrics.jsonl").read_text().splitlines()[0] + "\n{\"step\": 2, \"rew")
     run("--out", "early", "--resume")
     assert untimed("early") == untimed("whole")
+
+
+def test_resume_cannot_poison_a_run(run):
+    """Refused flags leave the run's config.json as it was; recorded evaluations survive another --eval_every."""
+    run(*TINY, "--steps", 4, "--eval_every", 2, "--out", "r")
+    before = Path("r/config.json").read_text()
+    for flags, said in ((("--steps", 1), "done 4"), (("--width", 32), "--width was 16"), (("--data", "add"), "--data was")):
+        with pytest.raises(SystemExit, match=said):
+            run("--out", "r", "--resume", *flags)
+        assert Path("r/config.json").read_text() == before
+    run("--out", "r", "--resume", "--steps", 5, "--eval_every", 50)
+    assert [m["step"] for m in metrics("r") if m["eval"] is not None] == [1, 2, 4, 5]
+
+
+def test_a_failed_start_leaves_no_run_behind(run):
+    with pytest.raises(SystemExit):
+        run(*TINY, "--eval_data", "nowhere.jsonl")
+    assert not Path("runs/default").exists()
+    run(*TINY)
+    run(*TINY)
+    assert Path("runs/default/latest").is_file() and Path("runs/default-2/latest").is_file()
