@@ -1,6 +1,6 @@
-"""The default run, ten seeds, as a newcomer types it, and its control without warm start: makes README's first picture.
+"""The default run, ten seeds, as a newcomer types it, and two controls: makes README's first picture.
 
-    python experiments/default_run.py                 # ten seeds and three controls, one after the other; about 10 minutes
+    python experiments/default_run.py                 # ten seeds, two controls of three; one after the other, 15 to 25 minutes
     python experiments/default_run.py --draw          # the figure again, from experiments/results/default_run.json
 
 Every run is a fresh process in a directory of its own, so the wall time includes imports and the warm start.
@@ -16,6 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS, FIGURE = HERE / "results/default_run.json", HERE / "figures/default_run.png"
+CONTROLS = {(): ("default run", "#1f5a99"), ("--skill_steps", "1"): ("warm start on guesses only", "#c98a1b"),
+            ("--skill_steps", "0"): ("no warm start", "#b0413e")}
 KEEP = ("step", "reward", "eval", "length", "entropy", "sampler_kl", "sampler_max")
 
 
@@ -36,8 +38,7 @@ def draw(runs):
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for run in runs:
-        control = bool(run["flags"])
-        style = dict(color="#b0413e", lw=1.2, alpha=0.9) if control else dict(color="#1f5a99", lw=1.2, alpha=0.55)
+        style = dict(color=CONTROLS[tuple(run["flags"])][1], lw=1.2, alpha=0.7)
         step = [m["step"] for m in run["curve"]]
         seen = [(m["step"] - (m["step"] == 1), m["eval"]) for m in run["curve"] if m["eval"] is not None]
         axes[0].plot(*zip(*seen), **style)
@@ -55,9 +56,9 @@ def draw(runs):
     axes[1].axhline(10, color="gray", lw=0.8, ls=":")
     axes[1].text(98, 2.3, "a guess: #3$", ha="right", fontsize=9, color="gray")
     axes[1].text(98, 10.3, "step by step: >348943#3$", ha="right", fontsize=9, color="gray")
-    n = sum(not r["flags"] for r in runs)
-    axes[0].plot([], [], color="#1f5a99", label=f"default run, {n} seeds")
-    axes[0].plot([], [], color="#b0413e", label=f"no warm start, {len(runs) - n} seeds")
+    for flags, (name, color) in CONTROLS.items():
+        n = sum(tuple(r["flags"]) == flags for r in runs)
+        axes[0].plot([], [], color=color, label=f"{name}, {n} seeds")
     axes[0].legend(frameon=False, loc="center right")
     fig.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
@@ -67,7 +68,7 @@ def draw(runs):
 def main():
     if "--draw" not in sys.argv:
         runs = []
-        for seed, flags in [(s, ()) for s in range(10)] + [(s, ("--skill_steps", "0")) for s in range(3)]:
+        for seed, flags in [(s, flags) for flags in CONTROLS for s in range(3 if flags else 10)]:
             runs.append(one_run(seed, *flags))
             print(f"seed {seed} {' '.join(flags):18s} {runs[-1]['first']:.3f} -> {runs[-1]['last']:.3f}  {runs[-1]['wall_seconds']:.0f} s",
                   flush=True)
