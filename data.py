@@ -462,16 +462,21 @@ def char_tokenizer(name):
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, clean_up_tokenization_spaces=False)
 
 def load_tokenizer(source):
-    """The tokenizer in checkpoint directory `source`; where there is none, transformers would make up an empty one."""
-    from transformers import AutoTokenizer
+    """The tokenizer in checkpoint directory `source`, as its tokenizer.json says: AutoTokenizer would rebuild it after the
+    model's family, and where there is none make up an empty one."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
         raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
-    return AutoTokenizer.from_pretrained(source)
+    kind = PreTrainedTokenizerFast if (source / "tokenizer.json").is_file() else AutoTokenizer
+    return kind.from_pretrained(source)
 
 def encode(problems, template, tokenizer, longest):
     """[(Problem, prompt text, prompt ids)], or ValueError with the first prompt that is too long or that this tokenizer
-    cannot write: tokenizers without an unknown token drop characters silently."""
-    texts = [render(p, template, tokenizer) for p in problems]
+    cannot write: tokenizers without an unknown token drop characters silently, or raise without a name."""
+    texts, vocab = [render(p, template, tokenizer) for p in problems], tokenizer.get_vocab()
+    if max(map(len, vocab)) == 1:  # one of char_tokenizer
+        for p, c in ((p, c) for p, text in zip(problems, texts) for c in text if c not in vocab):
+            raise ValueError(f"the tokenizer, made for another task, cannot write {c!r} (prompt of {p.id})")
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     for p, text, ids, spans in zip(problems, texts, encoded.input_ids, encoded.offset_mapping):
         read = {at for span in spans for at in range(*span)}

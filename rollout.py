@@ -292,11 +292,11 @@ def main():
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = Model.from_pretrained(args.model, torch.bfloat16 if device == "cuda" else torch.float32, device)
-        tokenizer, said = AutoTokenizer.from_pretrained(model.source), []
+        tokenizer, said = PreTrainedTokenizerFast.from_pretrained(model.source), []
 
         def show(_, token):  # decode from the start: a token may be half a character
             before = tokenizer.decode(said)
