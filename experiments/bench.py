@@ -1,6 +1,6 @@
 """Speed as a ratio, in one process, alternating, against transformers on the same random weights and the same lengths.
 
-    python experiments/bench.py model      # forward + backward of a training batch: tokens/s, peak memory of the head
+    python experiments/bench.py model      # forward + backward of a training batch: tokens/s and peak memory
     python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s
     python experiments/bench.py rewards    # graders: milliseconds a response, responses/s of the pool (no peer)
 
@@ -9,7 +9,9 @@ with random weights in bfloat16, and the share of the roofline. Results go to ex
 """
 import json
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,38 +77,71 @@ def row(name, seconds, tokens, mine="ours"):
     return out
 
 
+CASES = {"uniform": [512] * 32 if CUDA else [80] * 32,
+         "ragged": [2**k for k in range(4, 13)] * 2 if CUDA else [16 + 3 * k for k in range(32)] + [208] * 2}
+
+
+def training_passes(shape, lengths):
+    """{name: forward and backward of one batch}: packed log-probs of ours, padded logits and log_softmax of theirs."""
+    ours, theirs = pair(shape)
+    g = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, shape[-1], (n,), generator=g).to(DEVICE) for n in lengths]
+    flat, targets = torch.cat(ids), torch.cat([torch.cat([i[1:], i.new_tensor([-1])]) for i in ids])
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+
+    def run_ours():
+        ours.zero_grad()
+        ours(flat, lengths, targets)[0].sum().backward()
+
+    def run_theirs():
+        theirs.zero_grad()
+        z = theirs(padded, attention_mask=mask).logits[:, :-1].float()
+        logp = z.log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0]
+        (logp * mask[:, 1:]).sum().backward()
+    return {"ours": run_ours, "transformers": run_theirs}
+
+
+def peak(name, case, who):
+    """MiB that one pass of `who` needs on top of the models. On a CPU in a process of its own: its high-water mark."""
+    if CUDA:
+        run = training_passes(GPU_SHAPES[name], CASES[case])[who]
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) // 2**20
+    return int(subprocess.run([sys.executable, __file__, "peak", name, case, who], capture_output=True, text=True,
+                              check=True).stdout)
+
+
+def peak_here(name, case, who):
+    run = training_passes(SHAPES[name], CASES[case])[who]
+    before = high_water()
+    run()
+    return high_water() - before
+
+
+def high_water():
+    """MiB this process had at most (Linux; ru_maxrss would start at the parent's)."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+
 def bench_model():
-    """Packed log-probs with gradients, against transformers' padded logits and log_softmax, uniform and ragged lengths."""
+    """Training passes with equal and with ragged lengths: tokens/s and peak memory."""
     rows = []
     for name, shape in (GPU_SHAPES if CUDA else SHAPES).items():
-        ours, theirs = pair(shape)
-        for case, lengths in (("uniform", [512] * 32 if CUDA else [80] * 32),
-                              ("ragged", [2**k for k in range(4, 13)] * 2 if CUDA else [16 + 3 * k for k in range(32)] + [208] * 2)):
-            g = torch.Generator().manual_seed(0)
-            ids = [torch.randint(0, shape[-1], (n,), generator=g).to(DEVICE) for n in lengths]
-            flat, targets = torch.cat(ids), torch.cat([torch.cat([i[1:], i.new_tensor([-1])]) for i in ids])
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
-
-            def run_ours():
-                ours.zero_grad()
-                ours(flat, lengths, targets)[0].sum().backward()
-
-            def run_theirs():
-                theirs.zero_grad()
-                z = theirs(padded, attention_mask=mask).logits[:, :-1].float()
-                logp = z.log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0]
-                (logp * mask[:, 1:]).sum().backward()
-            seconds = alternate({"ours": run_ours, "transformers": run_theirs}, 3 if CUDA else 7)
+        for case, lengths in CASES.items():
+            seconds = alternate(training_passes(shape, lengths), 3 if CUDA else 7)
             out = row(f"{name} {case}", seconds, sum(lengths))
+            out["peak_MiB"] = {who: peak(name, case, who) for who in seconds}
+            print(f"{'':26s} peak memory of a pass, MiB: {out['peak_MiB']}", flush=True)
             if CUDA:  # 6 FLOPs a weight and token, and the attention's; against the matmul rate of this very card
                 hidden, mlp, layers, heads, kv, vocab = shape
-                weights = sum(p.numel() for p in ours.parameters())
+                weights = layers * (2 * hidden * hidden + 2 * hidden * hidden * kv // heads + 3 * hidden * mlp) + vocab * hidden
                 flops = sum(6 * weights * n + 6 * layers * hidden * n * n for n in lengths)
                 out["mfu"] = round(flops / statistics.median(seconds["ours"]) / matmul_rate(), 3)
                 out["kernel"] = attention_kernel(torch.device(DEVICE), DTYPE)
             rows.append(out)
-        del ours, theirs
     return rows
 
 
@@ -179,6 +214,9 @@ def bench_rewards():
 if __name__ == "__main__":
     benches = {"model": bench_model, "rollout": bench_rollout, "rewards": bench_rewards}
     what = sys.argv[1] if len(sys.argv) > 1 else ""
+    if what == "peak":
+        print(peak_here(*sys.argv[2:]))
+        sys.exit()
     if what not in benches:
         sys.exit(f"bench.py: {what!r} is none of {', '.join(benches)}")
     torch.set_num_threads(1)
