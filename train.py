@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train.py --loss acpo --model Qwen/Qwen2.5-7B --data orz57k --template orz \\
         --prompts 128 --samples 10 --updates 2 --max_new_tokens 3072 --lr 1e-6 --tokens_per_microbatch 16384
     python train.py --out runs/mine --resume --steps 300                              # go on where it stopped
+    python train.py --dry_run 8 --model Qwen/Qwen2.5-7B ...                           # does it fit? Memory of a rank; no GPU needed
 
 Without --model a small Qwen2 is built for a procedural task and warm-started on demonstrations, so that the reward has
 something to select from. Every rank holds all rollouts of a step (token ids are small) and computes the same plan of
@@ -19,11 +20,11 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
+import traceback
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -31,10 +32,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import data
 import losses
+from experiments.warm_start import new_model
 from model import Model, attention_kernel, replace_directory
 from rewards import Scorer
 from rollout import generate
@@ -47,7 +53,7 @@ def flag(default, text):
 
 @dataclass
 class Config:
-    """RLVR with any clipping objective. Defaults: the laptop run, one to two minutes on 2 CPU cores."""
+    """Every flag. Defaults: the laptop run, one to two minutes on 2 CPU cores."""
     loss: str = flag("acpo", "objective, by its name in losses.py")
     loss_args: list[str] = flag([], "its hyper-parameters, as alpha=2 eps=0.1")
     advantage: str = flag("", "grpo, mean, rloo, maxrl, gpg, reinforce_pp, reward, signed (default: the objective's own)")
@@ -67,6 +73,10 @@ class Config:
     max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
     max_new_tokens: int = flag(0, "longest response (default: 1024 with --model, else twice the longest demonstration)")
     temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained")
+    dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups whose scores are all equal")
+    overlong_buffer: int = flag(0, "DAPO: each of the last so many tokens before --max_new_tokens costs reward, 1 in all")
+    mask_truncated: bool = flag(False, "responses cut at --max_new_tokens stay out of the loss (their scores still count in the group)")
+    old_logp: str = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more forward pass over the rollout")
 
     lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B")
     warmup: int = flag(0, "steps of linear warm-up; then the rate is constant, whatever --steps is")
@@ -75,6 +85,11 @@ class Config:
     kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
     tokens_per_microbatch: int = flag(16384, "packed tokens per forward pass: lower it when memory runs out")
     recompute: bool = flag(False, "activation checkpointing: far less memory, a third more compute")
+    compile: bool = flag(False, "torch.compile the blocks for the update; sampling stays as it is")
+    offload: bool = flag(False, "keep sharded weights, gradients and Adam states in CPU memory between passes (more than one rank, or CUDA)")
+    shards_per_replica: int = flag(0, "HSDP: ranks that share one copy of the weights, as the 8 of a node; 0: all of them")
+    kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: 60 %% of the free GPU memory, 2 GiB on CPU)")
+    dry_run: int = flag(0, "print the memory that a rank would need with so many GPUs, and stop")
 
     width: int = flag(64, "hidden size of the new small model")
     layers: int = flag(2, "layers of the new small model")
@@ -97,8 +112,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 MAIN = RANK == 0
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl grad_norm zero_groups truncated
-no_answer unparsable timeout error skipped pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps
-update_tps seconds""".split()
+no_answer unparsable timeout error skipped refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max
+rollout_tps update_tps seconds""".split()
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -124,6 +139,9 @@ def parse() -> Config:
     if rest:
         names = ["--" + f for f in Config.__dataclass_fields__]
         raise ValueError(data.nearest("--" + rest[0].split("=")[0].lstrip("-").replace("-", "_"), names, "flag"))
+    for name in ("dynamic_sampling", "overlong_buffer", "shards_per_replica", "kv_tokens", "dry_run", "warmup"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
     for name in ("steps", "prompts", "samples", "updates", "epochs", "tokens_per_microbatch", "eval_every", "eval_problems",
                  "save_every", "keep", "threads", "max_prompt_tokens", "width", "layers"):
         if getattr(cfg, name) < 1:
@@ -132,8 +150,14 @@ def parse() -> Config:
         raise ValueError(f"--lr {cfg.lr} and --temperature {cfg.temperature} must be above 0")
     if cfg.updates > cfg.prompts * cfg.samples:
         raise ValueError(f"--updates {cfg.updates}: more mini-batches than the {cfg.prompts} x {cfg.samples} responses of a step")
-    if cfg.acpo_stats not in ("batch", "micro"):
-        raise ValueError(f"--acpo_stats {cfg.acpo_stats}: batch or micro")
+    for name, choices in (("acpo_stats", ("batch", "micro")), ("old_logp", ("sampler", "trainer"))):
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be {' or '.join(choices)}")
+    if cfg.shards_per_replica and WORLD % cfg.shards_per_replica:
+        raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: the {WORLD} ranks cannot be split into such groups; "
+                         f"{math.gcd(WORLD, cfg.shards_per_replica)} would do, or 0")
+    if cfg.offload and WORLD == 1 and DEVICE.type == "cpu":
+        raise ValueError("--offload: one process on a CPU has nothing to offload from; drop the flag")
     probe = torch.zeros(1, 1, requires_grad=True)  # let losses.py itself say what is wrong with a name
     try:
         losses.policy_loss(cfg.loss, probe, torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), agg=cfg.agg or None,
@@ -144,6 +168,8 @@ def parse() -> Config:
     if not cfg.max_new_tokens:
         demos = data.demos(cfg.data, 256, "skill") + data.demos(cfg.data, 256, "habit") if cfg.data in data.TASKS else []
         cfg.max_new_tokens = 1024 if cfg.model or not demos else 2 * max(len(r) for _, r in demos)
+    if cfg.overlong_buffer > cfg.max_new_tokens:
+        raise ValueError(f"--overlong_buffer {cfg.overlong_buffer}: longer than a response, --max_new_tokens {cfg.max_new_tokens}")
     return cfg
 
 
@@ -187,45 +213,6 @@ def claim(path) -> bool:
         return False
 
 
-def new_model(cfg) -> Path:
-    """The checkpoint of a small Qwen2 for a procedural task, warm-started on its demonstrations; cached by its recipe."""
-    if cfg.data not in data.TASKS:
-        raise ValueError(f"--data {cfg.data} needs --model: a new small model is built for {', '.join(data.TASKS)} alone")
-    tokenizer = data.char_tokenizer(cfg.data)
-    eos = tokenizer.convert_tokens_to_ids(data.END)
-    raw = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=cfg.width,
-               intermediate_size=3 * cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=4, num_key_value_heads=2,
-               max_position_embeddings=2048, rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu",
-               rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}, initializer_range=0.1,
-               eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    recipe = [raw, cfg.data, cfg.seed, cfg.skill_steps, cfg.habit_steps, tokenizer.get_vocab(), "v1"]
-    path = Path("runs/warmstart") / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    if path.is_dir() or not MAIN:
-        return path
-    model = Model.from_scratch(raw, cfg.seed, DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    phases = [("skill", cfg.skill_steps), ("habit", cfg.habit_steps if cfg.skill_steps else 0)]
-    with tqdm(total=sum(n for _, n in phases), desc="warm start on demonstrations", mininterval=0.5) as bar:
-        for phase, steps in phases:
-            texts = list(zip(*data.demos(cfg.data, 128 * steps, phase, cfg.seed))) or [(), ()]
-            demos = list(zip(*(tokenizer(list(some)).input_ids if some else () for some in texts)))
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-                rows = demos[128 * step:128 * (step + 1)]
-                logp, _, _ = forward(model, [p + r for p, r in rows], [len(p) for p, _ in rows])
-                (-logp.mean()).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.set_postfix(nll=f"{-logp.mean().item():.3f}", phase=phase, refresh=False)
-                bar.update()
-    with tempfile.TemporaryDirectory() as aside:
-        tokenizer.save_pretrained(aside)
-        model.source = Path(aside)
-        model.save_pretrained(path)
-    return path
-
-
 def load_problems(cfg, model, tokenizer):
     """Two lists of (Problem, prompt, prompt ids): to train on and held out. A set without test split gives a tenth away."""
     problems = data.load(cfg.data, "train", seed=cfg.seed if cfg.data in data.TASKS else 0)
@@ -245,28 +232,33 @@ def load_problems(cfg, model, tokenizer):
                          f"{cfg.max_new_tokens})") from None
 
 
-def shard(model: Model) -> Model:
-    """FSDP2: one unit per block, float32 masters and gradients, bfloat16 compute on CUDA. Applied from outside: model.py
-    knows nothing of it."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    half = torch.bfloat16 if DEVICE.type == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(DEVICE.type, (WORLD,))
+def shard(model: Model, mesh, dtype=None, offload=False) -> Model:
+    """FSDP2: one unit per block, float32 masters and gradients, compute in `dtype`. A mesh of two dimensions (replicas,
+    shards) is HSDP. Applied from outside: model.py knows nothing of it."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda")
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, **how)
+    return fully_shard(model, reshard_after_forward=False, **how)
 
 
-def load_model(source) -> Model:
+def load_model(source, cfg) -> Model:
     """Float32 weights, sharded over the ranks, or whole on a single CPU."""
     model = Model.from_config(source)
-    if dist.is_initialized():
-        model = shard(model)
-    model = model.to_empty(device=DEVICE).load_weights()
-    if dist.is_initialized():
-        with torch.no_grad():
-            forward(model, [], [])  # FSDP learns which module is the root from the first that runs
-        model.reshard()  # the root stays gathered after a forward; an optimizer must see the shards
+    model.recompute = cfg.recompute
+    for layer in model.layers if cfg.compile else ():
+        layer.compile(dynamic=True)
+    if not dist.is_initialized():
+        return model.to_empty(device=DEVICE).load_weights()
+    n = cfg.shards_per_replica or WORLD
+    mesh = dist.init_device_mesh(DEVICE.type, (WORLD,) if n == WORLD else (WORLD // n, n))
+    shard(model, mesh, torch.bfloat16 if DEVICE.type == "cuda" else None, cfg.offload)
+    model.to_empty(device="cpu" if cfg.offload else DEVICE).load_weights()
+    with torch.no_grad():
+        forward(model, [], [])  # FSDP learns which module is the root from the first that runs
+    model.reshard()  # the root stays gathered after a forward; an optimizer must see the shards
     return model
 
 
@@ -309,25 +301,88 @@ class Row:
     group: int = 0
     A: float = 0.0
     pass_rate: float = 0.0  # mean score of its group
+    old_logp: list[float] | None = None  # where the ratio's denominator is not the sampler's
 
     @property
     def length(self):
         return len(self.tokens) - self.prompt_len
 
 
-def sample(model, problems, seeds, n, cfg, tokenizer, scorer) -> list[Row]:
+class Dropped(Exception):
+    """A signal came while a step was still sampling: nothing has changed yet, the step need not be finished."""
+
+
+def sample(model, problems, seeds, n, cfg, tokenizer, scorer, droppable=False) -> list[Row]:
     """n scored responses to each of `problems`, (Problem, text, ids), problem-major, on every rank; the prompts are spread
-    over the ranks."""
+    over the ranks. Raises Dropped, if `droppable`, on every rank as soon as one of them was told to stop."""
     mine = range(RANK, len(problems), WORLD)
-    with whole_weights(model):
-        rollouts = generate(model, [problems[i][2] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
-                            seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
-                            progress=MAIN and cfg.max_new_tokens > 256)
+    try:
+        SIGNALS["drop"] = droppable
+        with whole_weights(model), torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext():
+            rollouts = generate(model, [problems[i][2] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
+                                seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
+                                kv_tokens=cfg.kv_tokens or None, progress=MAIN and cfg.max_new_tokens > 256)
+        SIGNALS["drop"] = False
+    except Dropped:
+        rollouts = None
+    if any(gather([rollouts is None])):
+        raise Dropped
     texts = tokenizer.batch_decode([r.tokens[r.prompt_len:] for r in rollouts], skip_special_tokens=True)
     which = [i for i in mine for _ in range(n)]
     grades = scorer([(problems[i][0].task, text, problems[i][0].answer) for i, text in zip(which, texts)])
     rows = gather([Row(r.tokens, r.prompt_len, r.logp, r.finished, *g, group=i) for i, r, g in zip(which, rollouts, grades)])
     return sorted(rows, key=lambda row: row.group)  # stable: a group's samples stay in order, whoever drew them
+
+
+SIGNALS = {"stop": False, "drop": False}  # told to stop; and whether that may interrupt what is being done
+
+
+def on_signal(*args):
+    """Drop the step or finish it, save, say how to go on. A second signal breaks off at once."""
+    if SIGNALS["stop"]:
+        signal.default_int_handler(*args)
+    SIGNALS["stop"] = True
+    if SIGNALS["drop"]:
+        SIGNALS["drop"] = False
+        raise Dropped
+
+
+def draw_problems(problems, at, count, cfg):
+    """`count` problems from number `at` of an endless series, reshuffled every epoch, and a sampling seed for each: functions
+    of the flags and the number alone, so that a resumed run needs no random state."""
+    batch, seeds = [], []
+    for g in range(at, at + count):
+        epoch, i = divmod(g, len(problems))
+        batch.append(problems[shuffled(len(problems), cfg.seed, epoch)[i]])
+        seeds.append(cfg.seed * 2**40 + g)
+    return batch, seeds
+
+
+@lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    order = list(range(n))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
+def collect(model, problems, at, cfg, tokenizer, scorer):
+    """(rows to train on, all rows that were sampled, number of the next problem): cfg.prompts groups. Dynamic sampling (DAPO,
+    2503.14476) replaces groups whose scores are all equal; after so many refills they are taken as they are."""
+    useful, flat, seen = [], [], []
+    for _ in range(1 + cfg.dynamic_sampling):
+        missing = cfg.prompts - len(useful)
+        rows = sample(model, *draw_problems(problems, at, missing, cfg), cfg.samples, cfg, tokenizer, scorer,
+                      droppable=True)
+        for i in range(0, len(rows), cfg.samples):
+            group = rows[i:i + cfg.samples]
+            for row in group:
+                row.group += at
+            (flat if len({row.score for row in group}) == 1 else useful).append(group)
+        seen, at = seen + rows, at + missing
+        if len(useful) == cfg.prompts:
+            break
+    chosen = useful + flat[:cfg.prompts - len(useful)]
+    return sum(sorted(chosen, key=lambda group: group[0].group), []), seen, at
 
 
 def minibatches(rows, cfg):
@@ -343,7 +398,7 @@ def microbatches(rows, budget):
     number is a multiple of the ranks, rank r takes bins r, r + WORLD, ...: equal work; a bin may be empty."""
     rows = sorted(rows, key=lambda r: len(r.tokens))
     size = sum(len(r.tokens) for r in rows)
-    m = WORLD * math.ceil(size / budget / WORLD)
+    m = WORLD * math.ceil(size / (budget * WORLD))
     while True:
         bins, seen = [[] for _ in range(m)], 0
         for row in rows:
@@ -366,13 +421,34 @@ def forward(model, sequences, prompt_lens, temperature=1.0):
 
 
 def token_stats(model, rows, cfg):
-    """What policy_loss wants of `rows`, padded on the right: mask, the sampler's log-probs, and the model's logp, entropy and
-    sum p^2: (B,T) each."""
+    """What policy_loss wants of `rows`, padded on the right: mask, old log-probs, and the model's logp, entropy and sum p^2:
+    (B,T) each."""
     lengths = torch.tensor([r.length for r in rows], dtype=torch.long, device=DEVICE)
     mask = torch.arange(max((r.length for r in rows), default=1), device=DEVICE) < lengths[:, None]
-    flat = [torch.tensor([x for r in rows for x in r.logp], device=DEVICE),
+    flat = [torch.tensor([x for r in rows for x in r.old_logp or r.logp], device=DEVICE),
             *forward(model, [r.tokens for r in rows], [r.prompt_len for r in rows], cfg.temperature)]
     return mask, *(torch.zeros(mask.shape, device=DEVICE, dtype=x.dtype).masked_scatter(mask, x) for x in flat)
+
+
+def add_mismatch(sums, sampler_logp, logp, mask):
+    """Sampler against trainer, before anything was updated: k3 KL, without cancellation, and the worst token."""
+    gap = (sampler_logp - logp.detach())[mask].double()
+    sums["sampler_kl"] += (gap.expm1() - gap).sum().item()
+    sums["sampler_tokens"] += len(gap)
+    sums["max_gap"] = max(sums["max_gap"], gap.abs().max().item())
+
+
+@torch.no_grad()
+def recompute_old_logp(model, rows, cfg, sums):
+    """Put the trainer's own log-probs in the place of the sampler's, on every rank."""
+    where, mine = {id(row): i for i, row in enumerate(rows)}, []
+    for micro in microbatches(rows, cfg.tokens_per_microbatch)[RANK::WORLD]:
+        mask, sampler_logp, logp, _, _ = token_stats(model, micro, cfg)
+        if micro:
+            add_mismatch(sums, sampler_logp, logp, mask)
+        mine += [(where[id(row)], logp[i, :row.length].tolist()) for i, row in enumerate(micro)]
+    for i, logp in gather(mine):
+        rows[i].old_logp = logp
 
 
 def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> float:
@@ -410,10 +486,7 @@ def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> flo
             sums[name] += value * int(mask.sum())
         sums["tokens"] += int(mask.sum())
         if on_policy:  # nothing has been updated since: the sampler's own log-probs must come out again
-            gap = (old - logp.detach())[mask].double()
-            sums["sampler_kl"] += (gap.expm1() - gap).sum().item()  # k3, without cancellation
-            sums["sampler_tokens"] += len(gap)
-            sums["max_gap"] = max(sums["max_gap"], gap.abs().max().item())
+            add_mismatch(sums, old, logp, mask)
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -425,57 +498,77 @@ def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> flo
 
 def learn(model, reference, optimizer, rows, cfg) -> dict:
     """Advantages, then `epochs` x `updates` gradient steps on the rows of one rollout; the metrics of it all."""
-    reward = torch.tensor([r.score for r in rows])
+    score, free = torch.tensor([r.score for r in rows]), cfg.max_new_tokens - cfg.overlong_buffer
+    over = torch.tensor([max(0, r.length - free) for r in rows])  # DAPO's soft punishment of what is nearly too long
     kind = cfg.advantage or losses.OBJECTIVES[cfg.loss].advantage
-    A = losses.advantages(reward, cfg.samples, kind, torch.tensor([r.length for r in rows]))
-    groups = reward.view(-1, cfg.samples)
-    for row, a, c in zip(rows, A.tolist(), groups.mean(1).repeat_interleave(cfg.samples).tolist()):
+    A = losses.advantages(score - over / max(1, cfg.overlong_buffer), cfg.samples, kind, torch.tensor([r.length for r in rows]))
+    for row, a, c in zip(rows, A.tolist(), score.view(-1, cfg.samples).mean(1).repeat_interleave(cfg.samples).tolist()):
         row.A, row.pass_rate = a, c
     sums, norms = defaultdict(float), []
+    if cfg.old_logp == "trainer":
+        recompute_old_logp(model, rows, cfg, sums)
     for _ in range(cfg.epochs):
         for part in ("low", "high") if cfg.loss == "ar_lopti" else (None,):  # AR-Lopti goes over the rollout twice
             for batch in minibatches(rows, cfg):
-                norms.append(update(model, reference, optimizer, batch, cfg, part, sums, on_policy=not norms))
+                if batch := [row for row in batch if row.finished or not cfg.mask_truncated]:
+                    norms.append(update(model, reference, optimizer, batch, cfg, part, sums,
+                                        on_policy=cfg.old_logp == "sampler" and not norms))
     parts = gather([sums])
     sums = {k: sum(p[k] for p in parts) for k in sorted({k for p in parts for k in p})}
     finite = [n for n in norms if math.isfinite(n)]
-    mean = {k: v / sums["tokens"] for k, v in sums.items() if k not in ("tokens", "sampler_kl", "sampler_tokens", "max_gap")}
-    return mean | {"sampler_kl": sums["sampler_kl"] / sums["sampler_tokens"], "sampler_max": max(p["max_gap"] for p in parts),
-                   "grad_norm": sum(finite) / len(finite) if finite else None, "skipped": len(norms) - len(finite),
-                   "zero_groups": (groups.amax(1) == groups.amin(1)).float().mean().item()}
+    tokens, compared = sums.pop("tokens", 0), sums.pop("sampler_tokens", 0)
+    kl, _ = sums.pop("sampler_kl", 0.0) / max(1, compared), sums.pop("max_gap", 0.0)
+    return {k: v / tokens for k, v in sums.items()} | {
+        "sampler_kl": kl, "sampler_max": max(p["max_gap"] for p in parts), "skipped": len(norms) - len(finite),
+        "grad_norm": sum(finite) / len(finite) if finite else None}
 
 
 # ---- Keeping what was learned ----------------------------------------------------------------------------------------------
 
-def save(out, step, model, optimizer, cfg):
-    """out/step-000120: a Hugging Face checkpoint, and in resume/ what else it takes to go on. Whole or absent; `latest` is
-    written last."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    name = f"step-{step:06d}"
+ASYNC = DEVICE.type == "cuda"  # there the state is copied to the CPU in any case, and written while the next step runs
+
+
+def save(out, step, position, model, optimizer, cfg):
+    """Begin out/step-000120: a Hugging Face checkpoint, and in resume/ what else it takes to go on. Returns the function that
+    ends it: the directory is whole or absent, `latest` is written last, only the newest cfg.keep stay."""
+    name, written = f"step-{step:06d}", None
     aside = out / f".{name}"
     model.save_pretrained(aside, torch.bfloat16 if DEVICE.type == "cuda" else None, write=MAIN)
     barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside / "resume", no_dist=WORLD == 1)
-    barrier()
-    if MAIN:
-        replace_directory(aside, out / name)
-        (out / ".latest").write_text(name)
-        (out / ".latest").rename(out / "latest")
-        for old in sorted(out.glob("step-*"))[:-cfg.keep]:
-            shutil.rmtree(old)
+    state, where = {"model": weights, "optimizer": moments}, aside / "resume"
+    if ASYNC:
+        written = dcp.async_save(state, checkpoint_id=where, process_group=async_group() if WORLD > 1 else None, no_dist=WORLD == 1)
+    else:
+        dcp.save(state, checkpoint_id=where, no_dist=WORLD == 1)
+
+    def finish():
+        if written:
+            written.result()
+        barrier()
+        if MAIN:
+            (where / "state.json").write_text(json.dumps({"step": step, "position": position, "seed": cfg.seed}))
+            replace_directory(aside, out / name)
+            (out / ".latest").write_text(name)
+            (out / ".latest").rename(out / "latest")
+            for old in sorted(out.glob("step-*"))[:-cfg.keep]:
+                shutil.rmtree(old)
+    return finish
 
 
-def restore(out, model, optimizer) -> int:
-    """Load the latest checkpoint of `out` into model and optimizer; the step it was taken after."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    name = (out / "latest").read_text()
+@lru_cache(maxsize=1)
+def async_group():  # of its own: its collectives run beside those of the next step
+    return dist.new_group(backend="gloo")
+
+
+def restore(out, model, optimizer):
+    """Load the latest checkpoint of `out` into model and optimizer; (the step it was taken after, the next problem's number)."""
+    path = out / (out / "latest").read_text() / "resume"
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=out / name / "resume", no_dist=WORLD == 1)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=WORLD == 1)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return int(name.removeprefix("step-"))
+    state = json.loads((path / "state.json").read_text())
+    return state["step"], state["position"]
 
 
 def rewind(out, step):
@@ -501,50 +594,52 @@ def train(cfg: Config):
     out = open_run(cfg) if MAIN else None
     out = gather([out])[0]
     cfg.out = str(out)
-    source = cfg.model or new_model(cfg)
+    source = cfg.model or new_model(cfg, forward, DEVICE, write=MAIN)
     barrier()
-    model = load_model(source)
-    reference = load_model(source).requires_grad_(False) if cfg.kl_beta else None
-    model.recompute = cfg.recompute
+    model = load_model(source, cfg)
+    reference = load_model(source, cfg).requires_grad_(False) if cfg.kl_beta else None
     tokenizer = data.load_tokenizer(model.source)
     problems, held_out = load_problems(cfg, model, tokenizer)
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    first, history = 1, []
+    done, position, history = 0, 0, []
     if cfg.resume:
-        first = restore(out, model, optimizer) + 1 if (out / "latest").is_file() else 1
-        history = rewind(out, first - 1) if MAIN and first <= cfg.steps else []
-    if first > cfg.steps:
-        raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {first - 1} already; give a larger --steps")
+        if (out / "latest").is_file():
+            done, position = restore(out, model, optimizer)
+        if done >= cfg.steps:
+            raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {done} already; give a larger --steps")
+        if MAIN:
+            history = rewind(out, done)
     if MAIN:  # from here on the directory holds a run
         (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
         tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters on {WORLD} x {DEVICE.type}, attention: "
                    f"{attention_kernel(DEVICE, torch.bfloat16 if DEVICE.type == 'cuda' else torch.float32)}; "
                    f"loss {cfg.loss}; run directory {out}")
-
         if cfg.samples == 1 and (cfg.advantage or losses.OBJECTIVES[cfg.loss].advantage) not in ("reward", "signed"):
             tqdm.write("--samples 1: a group of one has no baseline, every advantage is 0; try --advantage signed")
 
-    stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, say how to go on; a second one breaks off at once
-        signal.signal(s, lambda *a: signal.default_int_handler(*a) if stop else stop.append(1))
-    scorer, bad, drawn = Scorer(workers=2), 0, 0.0
+    SIGNALS.update(stop=False, drop=False)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, on_signal)
+    scorer, bad, drawn, finish = Scorer(workers=2), 0, 0.0, None
 
-    def evaluate():
-        rows = sample(model, held_out, [-1 - i for i in range(len(held_out))], 1, cfg, tokenizer, scorer)
+    def evaluate(droppable=False):
+        rows = sample(model, held_out, [-1 - i for i in range(len(held_out))], 1, cfg, tokenizer, scorer, droppable)
         return sum(r.score for r in rows) / len(rows)
 
     with open(out / "metrics.jsonl" if MAIN else os.devnull, "a") as log, \
-            tqdm(total=cfg.steps, initial=first - 1, desc=cfg.loss, unit="step", disable=not MAIN, mininterval=0.5) as bar:
-        for step in range(first, cfg.steps + 1):
+            tqdm(total=cfg.steps, initial=done, desc=cfg.loss, unit="step", disable=not MAIN, mininterval=0.5) as bar:
+        for step in range(done + 1, cfg.steps + 1):
             t0 = time.time()
             metrics = dict.fromkeys(METRICS) | {"step": step}
-            if step == 1:
-                metrics["eval"] = evaluate()
-            t1 = time.time()
-            batch, seeds = draw_problems(problems, step, cfg)
-            rows = sample(model, batch, seeds, cfg.samples, cfg, tokenizer, scorer)
+            try:
+                if step == 1:
+                    metrics["eval"] = evaluate(droppable=True)
+                t1 = time.time()
+                rows, seen, position = collect(model, problems, position, cfg, tokenizer, scorer)
+            except Dropped:
+                break
             t2 = time.time()
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup))
@@ -552,30 +647,27 @@ def train(cfg: Config):
             t3 = time.time()
             if step > 1 and (step == cfg.steps or step % cfg.eval_every == 0):
                 metrics["eval"] = evaluate()
-            tokens = sum(r.length for r in rows)
-            metrics |= {k: v for k, v in learned.items() if k in metrics or "_bin" in k} | {
-                "reward": sum(r.score for r in rows) / len(rows), "length": tokens / len(rows),
-                "truncated": sum(not r.finished for r in rows) / len(rows), "rollout_tps": tokens / (t2 - t1),
-                "update_tps": tokens * cfg.epochs / (t3 - t2), "seconds": time.time() - t0,
-                **{s: sum(r.status == s for r in rows) / len(rows) for s in ("no_answer", "unparsable", "timeout", "error")}}
+            metrics |= {k: v for k, v in learned.items() if k in metrics or "_bin" in k} | describe(seen, cfg) | {
+                "rollout_tps": sum(r.length for r in seen) / (t2 - t1),
+                "update_tps": sum(r.length for r in rows) * cfg.epochs / (t3 - t2), "seconds": time.time() - t0}
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             history.append(metrics)
-            evals = [m["eval"] for m in history if m["eval"] is not None]
-            bar.set_postfix_str(f"reward {metrics['reward']:.2f} eval {evals[-1] if evals else math.nan:.2f} "
-                                f"len {metrics['length']:.1f} H {metrics['entropy']:.2f} "
-                                f"clip {100 * (metrics['clip_low'] + metrics['clip_high']):.1f}% "
-                                f"{metrics['rollout_tps'] / 1000:.1f}k tok/s", refresh=False)
-            bar.update()
-            stopping = any(gather([bool(stop)]))
+            done = step
+            show(bar, history)
+            if finish:
+                finish = finish()  # what was saved while this step ran
+            stopping = any(gather([SIGNALS["stop"]]))
             bad = bad + 1 if learned["skipped"] else 0
             if bad == 3:
                 if MAIN:
                     (out / f"nonfinite-{step}.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows]))
                 raise ValueError(f"loss or gradient not finite in three steps running; rollouts in {out}/nonfinite-{step}.json; "
                                  "lower --lr, or look at --loss")
-            if step == cfg.steps or step % cfg.save_every == 0 or stopping:
-                save(out, step, model, optimizer, cfg)
+            if step == cfg.steps or step % cfg.save_every == 0:
+                finish = save(out, step, position, model, optimizer, cfg)
+                if not ASYNC:
+                    finish = finish()
             if MAIN and (time.time() - drawn > 15 or step == cfg.steps or stopping):
                 from experiments.curves import draw
                 try:
@@ -585,54 +677,72 @@ def train(cfg: Config):
                 drawn = time.time()
             if stopping:
                 break
+    if finish:
+        finish()
+    if done and not (out / f"step-{done:06d}").exists():  # stopped between two saves
+        save(out, done, position, model, optimizer, cfg)()
     scorer.close()
     if MAIN:
-        done = history[-1]["step"]
-        again = "" if done == cfg.steps else f" Stopped; go on with: python train.py --out {out} --resume"
-        print(f"held-out accuracy {evals[0]:.2f} -> {evals[-1]:.2f} after {done} steps, {time.time() - began:.0f} s. "
-              f"{out}: curves.png, metrics.jsonl, step-{done:06d}. Score it: python eval.py {out}{again}")
+        again = f"go on with: python train.py --out {out} --resume"
+        evals = [m["eval"] for m in history if m["eval"] is not None]
+        print(f"Stopped before the first step was done; {again}" if not done else
+              f"held-out accuracy {evals[0]:.2f} -> {evals[-1]:.2f} after {done} steps, {time.time() - began:.0f} s. {out}: "
+              f"curves.png, metrics.jsonl, step-{done:06d}. Score it: python eval.py {out}"
+              + ("" if done == cfg.steps else f" Stopped; {again}"))
 
 
-def draw_problems(problems, step, cfg):
-    """The step's problems, from a reshuffle of all of them per epoch, and a sampling seed for each: functions of the flags
-    and the step alone, so that a resumed run needs no random state."""
-    batch, seeds = [], []
-    for g in range((step - 1) * cfg.prompts, step * cfg.prompts):
-        epoch, i = divmod(g, len(problems))
-        batch.append(problems[shuffled(len(problems), cfg.seed, epoch)[i]])
-        seeds.append(cfg.seed * 2**40 + g)
-    return batch, seeds
+def describe(rows, cfg) -> dict:
+    """Metrics of everything that was sampled in a step."""
+    groups = [rows[i:i + cfg.samples] for i in range(0, len(rows), cfg.samples)]
+    return {"reward": sum(r.score for r in rows) / len(rows), "length": sum(r.length for r in rows) / len(rows),
+            "truncated": sum(not r.finished for r in rows) / len(rows), "refills": len(groups) - cfg.prompts,
+            "zero_groups": sum(len({r.score for r in g}) == 1 for g in groups) / len(groups),
+            **{s: sum(r.status == s for r in rows) / len(rows) for s in ("no_answer", "unparsable", "timeout", "error")}}
 
 
-@lru_cache(maxsize=2)
-def shuffled(n, seed, epoch):
-    order = list(range(n))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order
+def show(bar, history):
+    now, evals = history[-1], [m["eval"] for m in history if m["eval"] is not None]
+    H, low, high = (math.nan if now[k] is None else now[k] for k in ("entropy", "clip_low", "clip_high"))
+    bar.set_postfix_str(f"reward {now['reward']:.2f} eval {evals[-1] if evals else math.nan:.2f} len {now['length']:.1f} H {H:.2f} "
+                        f"clip {100 * (low + high):.1f}% {now['rollout_tps'] / 1000:.1f}k tok/s", refresh=False)
+    bar.update()
 
 
 def main():
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves its checkpoints alone, on purpose
+    cfg = None
     try:
         cfg = parse()
         torch.set_num_threads(cfg.threads)
-        if DEVICE.type == "cuda":
+        if cfg.dry_run:
+            from experiments.dry_run import report
+            return report(cfg, cfg.dry_run)
+        if DEVICE.type == "cuda":  # FSDP on one GPU too: it is what keeps float32 masters under bfloat16 compute
             torch.cuda.set_device(DEVICE)
-        if WORLD > 1:
-            dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        elif DEVICE.type == "cuda":  # FSDP on one GPU too: it is what keeps float32 masters under bfloat16 compute
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+            alone = {} if WORLD > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), **alone)
+        elif WORLD > 1:
+            dist.init_process_group("gloo", timeout=timedelta(minutes=30))
         train(cfg)
-    except (ValueError, OSError) as e:
-        with suppress(OSError, NameError):
+    except (ValueError, OSError, SafetensorError, CheckpointException) as e:
+        with suppress(OSError, AttributeError):
             Path(cfg.out or ".").rmdir()  # nothing in it yet: leave no empty run behind (fails if there is something)
-        sys.exit(f"train.py: {e}")
+        fail(str(e) or type(e).__name__)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower --tokens_per_microbatch or --kv_tokens, add --recompute or --offload")
+    except RuntimeError as e:  # most often a collective whose other side is gone
+        traceback.print_exc()
+        fail(f"{str(e).splitlines()[0]}. What was saved is whole: go on with --resume --out {cfg.out}")
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")
+        fail("interrupted; --resume goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fail(why):
+    sys.exit(f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 import data
 import losses
 import train
+from experiments.warm_start import new_model
 from model import Model
 from rewards import score
 from rollout import generate
@@ -25,7 +26,7 @@ SHOWN = (4, 0)  # a winner that wrote something down first, and a loser
 def walk():
     """Every intermediate result, by name; tensors over responses are (8,), over tokens (8, T)."""
     cfg = train.Config(width=32, layers=1, skill_steps=1, habit_steps=80, samples=SAMPLES, max_new_tokens=16)
-    model = Model.from_pretrained(train.new_model(cfg))
+    model = Model.from_pretrained(new_model(cfg, train.forward))
     tokenizer = data.load_tokenizer(model.source)
 
     # rollout: eight responses, each token with the log-prob it was drawn with
