@@ -2,6 +2,7 @@
 
     python experiments/bench.py model      # forward + backward of a training batch: tokens/s and peak memory
     python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s
+    python experiments/bench.py train      # a whole GRPO step against TRL's GRPOTrainer, CPU (experiments/requirements.txt)
     python experiments/bench.py rewards    # graders: milliseconds a response, responses/s of the pool (no peer)
 
 On a CPU: one thread (two beside a busy neighbour measure the neighbour), small Qwen2 shapes. On a GPU: 3B and 7B shapes
@@ -185,6 +186,108 @@ def bench_rollout():
     return rows
 
 
+TRAIN_CASES = {  # prompts x samples x longest response; one word in `stop` ends a response (0: none does)
+    "h64v32 48 tokens": ("h64v32", 48, 0), "h128v64 48 tokens": ("h128v64", 48, 0), "h256v4096 48 tokens": ("h256v4096", 48, 0),
+    "h64v32 RL-shaped, cap 192": ("h64v32", 192, 32), "h128v64 RL-shaped, cap 256": ("h128v64", 256, 64)}
+
+
+def bench_train(only="", settings=({"rows": 64}, {"rows": 256}, {"rows": 64, "cache": "static"}), steps=3):
+    """CPU seconds of one step, 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
+    train.sample and train.learn as they stand; theirs is TRL's GRPOTrainer.train(), step by step in turn with ours, from
+    the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or bf16, no second log-prob
+    pass (one update per rollout), its fused head, generation of all 256 rows at once; of `settings` (rows per micro-batch
+    and kind of cache) the fastest counts. Ours: micro-batches of 4,096 tokens. Both sample their own responses, from the
+    same distribution: `length` has the means, and `per_token` the ratio per sampled token."""
+    import tempfile
+    import warnings
+
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from trl import GRPOConfig, GRPOTrainer
+
+    import data
+    import train
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    P, n, prompt = 32, 8, 16
+    out = []
+    for case, (name, cap, stop) in TRAIN_CASES.items():
+        if only not in case:
+            continue
+        vocab = SHAPES[name][-1]
+        eos = 1 if stop else vocab + 1  # without `stop` no model can say it: both sides run to the cap
+        words = {("w%d" % i): i for i in range(vocab + 2)}
+        base = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token="w0", eos_token="w%d" % eos)
+        g = torch.Generator().manual_seed(0)
+        prompts = torch.randint(2, vocab, (P * (steps + 1), prompt), generator=g).tolist()
+        texts = [tokenizer.decode(p) for p in prompts]
+
+        def grade(text):  # of no use, and the same for both: there is something to learn from in every group
+            return len(set(text.split())) % 7 / 6
+
+        def mine(ours):
+            """A function that makes one step and returns the mean response length."""
+            ours.config.raw["eos_token_id"] = eos
+            cfg = train.Config(loss="grpo", prompts=P, samples=n, updates=1, max_new_tokens=cap, lr=1e-6, tokens_per_microbatch=4096)
+            optimizer = torch.optim.AdamW(ours.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+            problems = [(data.Problem(t, {}, ""), t, p) for t, p in zip(texts, prompts)]
+
+            def step(i):
+                rows = train.sample(ours, problems[i * P:(i + 1) * P], range(i * P, (i + 1) * P), n, cfg, tokenizer,
+                                    lambda items: [(grade(text), "ok") for _, text, _ in items])
+                train.learn(ours, None, optimizer, rows, cfg)
+                return sum(r.length for r in rows) / len(rows)
+            return step
+
+        def race(rows, cache=None):
+            """{"ours", "TRL": seconds of each step, "length": mean lengths of each}, the warm-up step left out."""
+            ours, theirs = pair(SHAPES[name])
+            theirs.generation_config.eos_token_id = eos
+            step, seconds, length = mine(ours), {"ours": [], "TRL": []}, {"ours": [], "TRL": []}
+
+            class Turns(transformers.TrainerCallback):
+                def on_step_begin(self, *args, **kwargs):  # the first one: TRL is set up by now
+                    self.t = self.t if seconds["TRL"] else clock()
+
+                def on_step_end(self, args, state, *rest, **kwargs):
+                    seconds["TRL"].append(clock() - self.t)
+                    t = clock()
+                    length["ours"].append(step(state.global_step - 1))
+                    seconds["ours"].append(clock() - t)
+                    self.t = clock()
+
+            def reward(completions, completion_ids, **kwargs):
+                length["TRL"].append(sum(map(len, completion_ids)) / len(completion_ids))
+                return [grade(text) for text in completions]
+            with tempfile.TemporaryDirectory() as where:
+                config = GRPOConfig(
+                    where, max_steps=steps + 1, per_device_train_batch_size=rows, gradient_accumulation_steps=P * n // rows,
+                    steps_per_generation=P * n // rows, num_generations=n, max_completion_length=cap, beta=0.0, num_iterations=1,
+                    loss_type="grpo", learning_rate=1e-6, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.01,
+                    temperature=1.0, shuffle_dataset=False, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
+                    logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, cache_implementation=cache)
+                trainer = GRPOTrainer(theirs, reward, config, datasets.Dataset.from_dict({"prompt": texts}),
+                                      processing_class=tokenizer, callbacks=[Turns()])
+                trainer.remove_callback(transformers.PrinterCallback)
+                trainer.train()
+            assert len(seconds["TRL"]) == steps + 1, "TRL made other steps than it was asked for"
+            return {k: v[1:] for k, v in seconds.items()}, {k: statistics.mean(v[1:]) for k, v in length.items()}
+
+        best = None
+        for setting in settings:
+            seconds, length = race(**setting)
+            ours, theirs = (statistics.median(seconds[k]) for k in ("ours", "TRL"))
+            ratios = [b / a for a, b in zip(seconds["ours"], seconds["TRL"])]
+            print(f"{case:28s} {setting}: ours {ours:.2f} s, TRL {theirs:.2f} s, ratio {theirs / ours:.2f}, lengths {length}", flush=True)
+            if best is None or theirs < best["TRL"]:
+                best = {"case": case, "TRL_setting": setting, "ours": ours, "TRL": theirs, "ratio": round(statistics.median(ratios), 2),
+                        "spread": [round(min(ratios), 2), round(max(ratios), 2)], "length": length,
+                        "per_token": round(theirs / length["TRL"] / ours * length["ours"], 2)}
+        out.append(best | {k: round(best[k], 3) for k in ("ours", "TRL")} | {"length": {k: round(v, 1) for k, v in best["length"].items()}})
+    return out
+
+
 def bench_rewards():
     """The hard cases of tests/test_rewards.py, one by one and through the pool, and the plain numbers most rollouts end with."""
     from rewards import Scorer, grade
@@ -212,7 +315,7 @@ def bench_rewards():
 
 
 if __name__ == "__main__":
-    benches = {"model": bench_model, "rollout": bench_rollout, "rewards": bench_rewards}
+    benches = {"model": bench_model, "rollout": bench_rollout, "train": bench_train, "rewards": bench_rewards}
     what = sys.argv[1] if len(sys.argv) > 1 else ""
     if what == "peak":
         print(peak_here(*sys.argv[2:]))
