@@ -1,0 +1,147 @@
+"""experiments/compare.py and plot.py: what is measured is what autograd says, and a sweep survives being killed."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import compare
+
+ROOT = Path(__file__).parent.parent
+TINY = "--steps 2 --prompts 4 --samples 4 --skill_steps 2 --habit_steps 2 --width 16 --layers 1 --eval_problems 8"
+
+
+def sweep(cwd, *args, wait=True):
+    argv = [sys.executable, ROOT / "experiments/compare.py", "--results", cwd / "lines.jsonl", "--jobs", "2", *args]
+    process = subprocess.Popen(argv, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return (process.communicate()[1], process.returncode) if wait else process
+
+
+def lines(cwd):
+    return [json.loads(line) for line in (cwd / "lines.jsonl").read_text().splitlines()]
+
+
+def test_a_tiny_grid_runs_is_killed_and_resumes(tmp_path):
+    """Four runs; the sweep is killed after the first line. Again: all four, none twice, nothing half-written."""
+    args = ["--losses", "grpo", "acpo alpha=1", "--updates", "2", "4", "--seeds", "3", "--flags", TINY]
+    process = sweep(tmp_path, *args, wait=False)
+    while not ((tmp_path / "lines.jsonl").is_file() and lines(tmp_path)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.3)
+    before = (tmp_path / "lines.jsonl").read_text()
+    (tmp_path / "lines.jsonl").write_text(before + '{"task": "cha')  # as if the machine had died
+    assert sweep(tmp_path, *args)[1] == 0
+    assert (tmp_path / "lines.jsonl").read_text().startswith(before)
+    keys = [compare.key(line) for line in lines(tmp_path)]
+    assert len(keys) == len(set(keys)) == 4
+    after = (tmp_path / "lines.jsonl").read_text()
+    assert sweep(tmp_path, *args)[1] == 0 and (tmp_path / "lines.jsonl").read_text() == after  # nothing left to do
+    for line in lines(tmp_path):
+        assert len(line["curves"]["reward"]) == 2 and line["cpu_seconds"] > 0 and line["collapsed"] in (True, False)
+        tokens = [row[0] for row in (line["gradient"], line["spread"])]
+        assert sum(tokens[0]) == sum(tokens[1]) == pytest.approx(16 * sum(line["curves"]["length"]), rel=2e-3)
+        assert (line["band"] is None) == (line["loss"] == "grpo")
+
+
+def test_bad_input_is_one_line(tmp_path):
+    for args, word in ((["--losses", "gpro"], "gpro"), (["--grid", "none"], "none"), ([], "--grid"), (["--grid", "main"], "lr"),
+                       (["--losses", "grpo eps=1", "--flags", TINY], "eps"), (["--losses", "grpo", "--jobs", "0"], "--jobs")):
+        error, code = sweep(tmp_path, *args)
+        last = error.strip().splitlines()[-1]
+        assert code and last.startswith("compare.py: ") and word in last and "Traceback" not in error
+    assert not (tmp_path / "lines.jsonl").exists()
+
+
+def test_bins_against_the_gradient_with_respect_to_the_logits():
+    """Kept and full gradient per bin: the L2 norm of autograd's d loss / d logits, token by token, of two policy_loss calls."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5, 7, dtype=torch.float64).mul(2).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([5, 4, 3, 5, 1, 2])[:, None]
+    token, A = torch.randint(7, (6, 5, 1)), torch.tensor([1.2, -0.7, 0.4, -1.0, 0.9, -0.2]).double()
+    logp = logits.log_softmax(-1).gather(-1, token)[..., 0]
+    old = (logp + 0.4 * torch.randn(6, 5)).detach().clamp(max=-0.01)
+    sum_p2 = logits.softmax(-1).square().sum(-1).detach()
+    norms, grads = [], []
+    for name in ("grpo", "unclipped"):
+        loss, _ = compare.losses.policy_loss(name, logp, old, A, mask)
+        norms.append(torch.autograd.grad(loss, logits, retain_graph=True)[0].norm(dim=-1))
+        grads.append(torch.autograd.grad(loss, logp, retain_graph=True)[0])
+    sums = compare.gradient_bins(*grads, old.exp(), logp.detach().exp(), sum_p2, mask)
+    clipped = 0
+    for b in range(5):
+        inside = mask & (old.exp() >= b / 5) & (old.exp() < (b + 1) / 5)
+        assert sums[0, b] == inside.sum()
+        assert sums[2, b].item() == pytest.approx(norms[1][inside].sum().item())
+        assert sums[3, b].item() == pytest.approx(norms[0][inside].sum().item())
+        assert sums[1, b] == ((norms[0] == 0) & inside).sum()
+        clipped += sums[1, b]
+    assert 0 < clipped < mask.sum()
+
+
+def test_spread_against_plain_python():
+    torch.manual_seed(1)
+    q, d, s = torch.rand(3, 4).double(), 0.3 * torch.randn(3, 4).double(), torch.ones(3, 4).double()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    got = compare.spread_bins(q, d, s, mask)
+    want = [[0.0] * 5 for _ in range(6)]
+    for x, y, m in zip(q.flatten().tolist(), d.flatten().tolist(), mask.flatten().tolist()):
+        r = 2.718281828459045**y - 1
+        for row, v in zip(want, (1, r, r * r, y, y * y, (1 - x) ** 2 + 1 - x * x)):
+            row[min(4, int(5 * x))] += v * m
+    assert torch.allclose(got, torch.tensor(want).double())
+
+
+def test_entropy_slope_is_the_derivative():
+    torch.manual_seed(2)
+    z, token, A = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 5, 1]), torch.tensor([1.0, -1.0, 0.5, -2.0]).double()
+    entropy = lambda x: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)
+    step = A[:, None] * (torch.nn.functional.one_hot(token, 6) - z.softmax(-1))
+    numeric = (entropy(z + 1e-6 * step) - entropy(z - 1e-6 * step)) / 2e-6
+    assert torch.allclose(compare.entropy_slope(z, token, A), numeric, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind, inside, outside", [("ratio", 1.19, 1.21), ("kl3", 1.21, 1.23), ("tv", 1.39, 1.41), ("kl", 1.38, 1.43)])
+def test_constraints_end_the_gradient_outside_and_only_on_the_way_out(kind, inside, outside):
+    delta = {"ratio": 0.2, "kl3": 0.02, "tv": 0.2, "kl": 0.0808}[kind]  # q = 0.5: binary KL(.5, .7) = 0.0872, (.5, .69) = 0.0779
+    q, r = torch.full((1, 4), 0.5).log(), torch.tensor([[inside, outside, outside, 1 / outside]])
+    logp = (q + r.log()).requires_grad_()
+    A = torch.tensor([[1.0, 1.0, -1.0, 1.0]])
+    compare.losses.policy_loss("trust", logp, q, A, torch.ones(1, 4), kind=kind, delta=delta)[0].backward()
+    assert (logp.grad != 0).tolist() == [[True, False, True, True]]
+
+
+def test_cells_keep_their_own_tokens_and_all_cells_are_grpo():
+    torch.manual_seed(3)
+    old, A = torch.rand(4, 6).clamp(0.05).log(), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    mask, sum_p2 = torch.ones(4, 6), torch.rand(4, 6)
+
+    def grad(name, **kw):
+        logp = (old + 0.1 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        compare.losses.policy_loss(name, logp, old, A, mask, sum_p2=sum_p2, **kw)[0].backward()
+        return logp.grad
+    parts = [grad("cells", only=only) for only in ("1000", "0100", "0010", "0001")]
+    assert torch.allclose(sum(parts), grad("grpo")) and (sum((p != 0).int() for p in parts) <= 1).all()
+    assert torch.equal(grad("cells", only=1111), grad("grpo")) and not (parts[2][::2] != 0).any()
+
+
+def test_collapse_is_a_fifth_below_the_best():
+    assert not compare.collapsed([0.1, 0.2, 0.5, 0.9, 0.9, 0.9, 0.9])
+    assert compare.collapsed([0.1, 0.9, 0.9, 0.9, 0.5, 0.5, 0.6])
+    assert not compare.collapsed([0.9, 0.9, 0.9, 0.73, 0.73, 0.73]) and compare.collapsed([0.9, 0.9, 0.9, 0.71, 0.71, 0.71])
+    assert not compare.collapsed([0.1, 0.1, 0.1])
+
+
+def test_matching_finds_the_parameter_between_two_points():
+    def line(clip):
+        return {"curves": {"reward": [0, 0], "clip_low": [clip, 0], "clip_high": [0, clip]}}
+    scan = {0.1: [line(0.04)], 0.4: [line(0.01)], 1.0: [line(0.0)]}
+    assert compare.match(scan, "clip", 0.02) == 0.2  # straight in log-log
+    assert compare.match(scan, "clip", 0.5) == 0.1 and compare.match(scan, "clip", 1e-9) == 0.4
