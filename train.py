@@ -157,7 +157,7 @@ def parse() -> Config:
         raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: the {WORLD} ranks cannot be split into such groups; "
                          f"{math.gcd(WORLD, cfg.shards_per_replica)} would do, or 0")
     if cfg.offload and WORLD == 1 and DEVICE.type == "cpu":
-        raise ValueError("--offload: one process on a CPU has nothing to offload from; drop the flag")
+        raise ValueError("--offload: one process on a CPU has nothing to offload from; --offload False")
     probe = torch.zeros(1, 1, requires_grad=True)  # let losses.py itself say what is wrong with a name
     try:
         losses.policy_loss(cfg.loss, probe, torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), agg=cfg.agg or None,
@@ -253,7 +253,8 @@ def load_model(source, cfg) -> Model:
     if not dist.is_initialized():
         return model.to_empty(device=DEVICE).load_weights()
     n = cfg.shards_per_replica or WORLD
-    mesh = dist.init_device_mesh(DEVICE.type, (WORLD,) if n == WORLD else (WORLD // n, n))
+    mesh = dist.init_device_mesh(DEVICE.type, (WORLD // n, n), mesh_dim_names=("replica", "shard"))
+    mesh = mesh if n < WORLD else mesh["shard"]
     shard(model, mesh, torch.bfloat16 if DEVICE.type == "cuda" else None, cfg.offload)
     model.to_empty(device="cpu" if cfg.offload else DEVICE).load_weights()
     with torch.no_grad():
@@ -603,10 +604,11 @@ def train(cfg: Config):
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    done, position, history = 0, 0, []
+    done, saved, position, history = 0, 0, 0, []
     if cfg.resume:
         if (out / "latest").is_file():
             done, position = restore(out, model, optimizer)
+            saved = done
         if done >= cfg.steps:
             raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {done} already; give a larger --steps")
         if MAIN:
@@ -665,7 +667,7 @@ def train(cfg: Config):
                 raise ValueError(f"loss or gradient not finite in three steps running; rollouts in {out}/nonfinite-{step}.json; "
                                  "lower --lr, or look at --loss")
             if step == cfg.steps or step % cfg.save_every == 0:
-                finish = save(out, step, position, model, optimizer, cfg)
+                finish, saved = save(out, step, position, model, optimizer, cfg), step
                 if not ASYNC:
                     finish = finish()
             if MAIN and (time.time() - drawn > 15 or step == cfg.steps or stopping):
@@ -679,7 +681,7 @@ def train(cfg: Config):
                 break
     if finish:
         finish()
-    if done and not (out / f"step-{done:06d}").exists():  # stopped between two saves
+    if done > saved:  # stopped between two saves
         save(out, done, position, model, optimizer, cfg)()
     scorer.close()
     if MAIN:

@@ -1,7 +1,11 @@
 """train.py as people run it: it learns, resumes bit for bit, splits work without changing it, and says what is wrong."""
 import json
+import multiprocessing
 import os
+import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,9 +166,44 @@ def test_evaluation_does_not_touch_training(run):
     assert same_weights(cwd / "often", cwd / "seldom")
 
 
-def start(cwd, *flags):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
+def child(rank, world, port, cwd, flags, setup):
+    """train.main() in a forked process: as rank `rank` of `world`, its words in cwd/said-<rank>."""
+    os.chdir(cwd)
+    for fd in (1, 2):
+        os.dup2(os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    train.RANK, train.WORLD, train.MAIN = rank, world, rank == 0
+    import experiments.curves
+    experiments.curves.draw = lambda out: None
+    sys.argv = ["train.py", *map(str, flags)]
+    setup()
+    train.main()
+
+
+def start(cwd, *flags, world=1, setup=lambda: None):
+    """The processes of a run, forked from this one: an import of torch less each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=child, args=(r, world, port, cwd, flags, setup)) for r in range(world)]
+    for p in ranks:
+        p.start()
+    return ranks
+
+
+def finish(ranks, code=0, seconds=120):
+    for p in ranks:
+        p.join(seconds)
+    codes = [p.exitcode for p in ranks]
+    for p in ranks:
+        p.kill()
+    assert all(c == code for c in codes), codes
+
+
+def last_line(cwd, rank=0):
+    return (Path(cwd) / f"said-{rank}").read_text().strip().splitlines()[-1]
 
 
 def wait_for_lines(path, count):
@@ -175,50 +214,210 @@ def wait_for_lines(path, count):
     raise AssertionError(f"{path} never got {count} lines")
 
 
-def test_killed_and_terminated_runs_go_on_bit_for_bit(run, tmp_path):
-    flags = [*TINY, "--steps", 12, "--save_every", 3]
+def test_killed_ten_times_and_still_the_same_run(run, tmp_path):
+    """SIGKILL at ten random moments, in saves and between them: every metric and every weight of the run that was not."""
+    flags, r, begun, kills = [*TINY, "--steps", 30, "--save_every", 2], random.Random(0), tmp_path / "killed/config.json", 0
     run(*flags, "--out", "whole")
-    p = start(tmp_path, *flags, "--out", "killed")
-    wait_for_lines(tmp_path / "killed/metrics.jsonl", 5)
-    p.kill()
-    p.wait()
-    path = tmp_path / "killed/metrics.jsonl"
-    inode = path.stat().st_ino
-    p = start(tmp_path, "--out", "killed", "--resume")
-    while path.stat().st_ino == inode and p.poll() is None:  # until it has been rewound, which replaces the file
-        time.sleep(0.02)
-    wait_for_lines(path, len(path.read_text().splitlines()) + 1)  # a new line: the loop runs, signals are handled
-    p.terminate()  # finishes the step, saves, says how to go on
-    said = p.communicate(timeout=60)[0]
-    done = len(metrics(tmp_path / "killed"))
-    assert p.returncode == 0 and (done == 12 or "--resume" in said.splitlines()[-1])
-    if done < 12:
-        run("--out", "killed", "--resume")
-    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole") and same_weights("killed", "whole")
-    assert len(list((tmp_path / "killed").glob("step-*"))) == 2 and not list((tmp_path / "killed").glob(".step*"))
+    while kills < 10:
+        kills += begun.is_file()  # before that there is nothing to lose
+        p, = start(tmp_path, *(("--resume",) if begun.is_file() else flags), "--out", "killed")
+        p.join(r.uniform(0.05, 0.9))
+        assert p.is_alive(), "the run was over before it was killed ten times"
+        p.kill()
+        p.join()
+    run("--out", "killed", "--resume")
+    assert untimed("killed") == untimed("whole") and same_weights("killed", "whole")
+    assert len(list(Path("killed").glob("step-*"))) == 2 and not list(Path("killed").glob(".*step*"))
+
+
+def test_sigterm_in_an_update_finishes_the_step_and_saves_it(run, tmp_path):
+    flags = [*TINY, "--steps", 400, "--save_every", 300]
+    p, = start(tmp_path, *flags, "--out", "r")
+    wait_for_lines(tmp_path / "r/metrics.jsonl", 3)
+    p.terminate()
+    finish([p])
+    done = len(metrics("r"))
+    assert 3 <= done < 400 and Path("r/latest").read_text() == f"step-{done:06d}" and "--resume" in last_line(tmp_path)
+    run("--out", "r", "--resume", "--steps", done + 2)
+    run(*flags, "--steps", done + 2, "--out", "whole")
+    assert untimed("r") == untimed("whole") and same_weights("r", "whole")
+
+
+def test_a_signal_while_sampling_drops_the_step_on_every_rank(run, tmp_path):
+    """Only rank 1 is told, while it samples step 3: nobody waits for the rest of the rollout, the state after step 2 is saved,
+    and the run that goes on is the run that was not stopped."""
+    def told_while_sampling():
+        real, calls = train.generate, []
+
+        def generate(*args, **kw):
+            calls.append(1)
+            if train.RANK == 1 and len(calls) == 4:  # evaluation, steps 1, 2, 3
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kw)
+        train.generate = generate
+    flags = [*TINY, "--steps", 5]
+    finish(start(tmp_path, *flags, "--out", "r", world=2, setup=told_while_sampling))
+    assert len(metrics("r")) == 2 and Path("r/latest").read_text() == "step-000002"
+    assert "Stopped; go on with: python train.py --out r --resume" in last_line(tmp_path)
+    finish(start(tmp_path, "--out", "r", "--resume", world=2))
+    finish(start(tmp_path, *flags, "--out", "whole", world=2))
+    assert untimed("r") == untimed("whole") and same_weights("r", "whole")
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_line(tmp_path):
+    ranks = start(tmp_path, *TINY, "--steps", 500, "--save_every", 2, "--out", "r", world=2)
+    wait_for_lines(tmp_path / "r/metrics.jsonl", 3)
+    ranks[1].kill()
+    finish(ranks[:1], code=1, seconds=60)
+    assert last_line(tmp_path).startswith("train.py: rank 0: ") and "--resume" in last_line(tmp_path)
+    assert (tmp_path / "r" / (tmp_path / "r/latest").read_text() / "model.safetensors").is_file()
+
+
+def test_a_full_disk_loses_nothing(run, tmp_path):
+    """A limit on the size of a file stands for the disk: the save fails with one line, the last checkpoint stays, and with room
+    again the run goes on as if nothing had been."""
+    run(*TINY, "--steps", 2, "--out", "r")
+    p = start(tmp_path, "--out", "r", "--resume", "--steps", 4,
+              setup=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)))
+    finish(p, code=1)
+    assert last_line(tmp_path).startswith("train.py: ") and "File too large" in last_line(tmp_path), last_line(tmp_path)
+    assert Path("r/latest").read_text() == "step-000002"
+    run("--out", "r", "--resume", "--steps", 4)
+    run(*TINY, "--steps", 4, "--out", "whole")
+    assert untimed("r") == untimed("whole") and same_weights("r", "whole")
+
+
+def test_saving_beside_the_next_step_saves_what_was(run, monkeypatch):
+    """What CUDA runs do, here on CPU: the checkpoint written while the next step changes the weights is the one of its step."""
+    run(*TINY, "--steps", 6, "--out", "whole")
+    monkeypatch.setattr(train, "ASYNC", True)
+    run(*TINY, "--steps", 5, "--save_every", 2, "--out", "r")
+    Path("r/latest").write_text("step-000004")  # written while step 5 ran
+    run("--out", "r", "--resume", "--steps", 6)
+    assert untimed("r") == untimed("whole") and same_weights("r", "whole")
 
 
 # ---- the same numbers, however the work is split ---------------------------------------------------------------------------
 
-def torchrun(cwd, processes, *flags):
-    out = shell("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py", *flags, cwd=cwd)
-    assert out.returncode == 0, out.stderr[-3000:]
-    return out
+SPLIT = [*TINY, "--steps", 3, "--prompts", 5, "--tokens_per_microbatch", 60]
+
+
+def assert_equal_runs(a, b, weight_gap=1e-5):
+    for x, y in zip(untimed(a), untimed(b), strict=True):
+        for k in x:
+            assert x[k] == y[k] or x[k] == pytest.approx(y[k], rel=1e-4, abs=1e-6), (x["step"], k)
+    x, y = weights(a), weights(b)
+    assert max((x[k] - y[k]).abs().max() for k in x) < weight_gap
 
 
 def test_two_processes_equal_one(run, tmp_path):
-    """Same rollouts, same metrics, parameters after 3 steps equal to 1e-5: FSDP2 over gloo, 5 prompts on 2 ranks."""
-    flags = [*TINY, "--steps", 3, "--prompts", 5, "--tokens_per_microbatch", 60]
-    run(*flags, "--out", "one")
-    out = torchrun(tmp_path, 2, *flags, "--out", "two")
-    for a, b in zip(untimed("one"), untimed("two")):
-        for k in a:
-            assert a[k] == b[k] or a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6), (a["step"], k)
-    a, b = weights("one"), weights("two")
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+    """Same rollouts, same metrics, parameters after 3 steps equal to 1e-5: FSDP2 over gloo, 5 prompts on 2 ranks, by torchrun."""
+    run(*SPLIT, "--out", "one")
+    out = shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *SPLIT, "--out", "two",
+                cwd=tmp_path)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert_equal_runs("one", "two")
     assert out.stdout.count("held-out accuracy") == 1  # rank 0 speaks
     run("--out", "two", "--resume", "--steps", 4)  # on another number of ranks
     assert [m["step"] for m in metrics("two")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("world, flags", [
+    (2, ("--shards_per_replica", 1)), (2, ("--offload",)), (3, ()), (4, ("--shards_per_replica", 2, "--old_logp", "trainer"))])
+def test_other_splits_equal_one_process_too(run, tmp_path, world, flags):
+    """HSDP, weights in CPU memory, 3 ranks with uneven work, 4 ranks as two replicas of two shards."""
+    run(*SPLIT, "--out", "one", *(flags[2:] if "--old_logp" in flags else ()))
+    finish(start(tmp_path, *SPLIT, *flags, "--out", "many", world=world))
+    assert_equal_runs("one", "many", 1e-5 if world == 2 else 1e-3)  # Adam turns rounding noise on unused rows into steps
+    run("--out", "many", "--resume", "--steps", 4, "--shards_per_replica", 0, *(["--offload", "False"] if "--offload" in flags else ()))
+    assert len(metrics("many")) == 4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients(run):
+    """--compile: the update's blocks alone; few recompilations, the numbers of the plain run."""
+    torch._dynamo.reset()
+    run(*TINY, "--out", "plain")
+    run(*TINY, "--out", "compiled", "--compile")
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert_equal_runs("plain", "compiled", 1e-3)
+
+
+# ---- what to train on ------------------------------------------------------------------------------------------------------
+
+def test_old_logp_of_the_trainer_is_that_of_the_sampler(run):
+    """One forward pass: computing pi_old again changes nothing but rounding; the mismatch is still measured."""
+    run(*TINY, "--steps", 3, "--out", "sampler")
+    run(*TINY, "--steps", 3, "--old_logp", "trainer", "--out", "trainer", "--tokens_per_microbatch", 70)
+    assert_equal_runs("sampler", "trainer", 1e-3)
+    assert all(0 <= m["sampler_kl"] < 1e-10 and m["sampler_max"] > 0 for m in metrics("trainer"))
+
+
+def fake_sampler(monkeypatch, score):
+    """Rollouts of `length` tokens with the scores score(number of the problem, sample): train.sample without a model."""
+    def sample(model, problems, seeds, n, cfg, tokenizer, scorer, droppable=False):
+        return [train.Row([1] * (2 + (7 * s + j) % 5), 1, [-1.0] * (1 + (7 * s + j) % 5), (s + j) % 3 > 0, score(s, j), "ok", i)
+                for i, s in enumerate(seeds) for j in range(n)]
+    monkeypatch.setattr(train, "sample", sample)
+
+
+def test_dynamic_sampling_replaces_groups_without_signal(monkeypatch):
+    """DAPO: problems 0, 3, 6, ... have mixed scores, the others all 0. The batch has as many groups as ever, each problem is
+    drawn once, refills are bounded, and without the flag nothing is replaced."""
+    fake_sampler(monkeypatch, lambda s, j: float(s % 3 == 0 and j == 0))
+    problems = [None] * 100
+    for refills, first, informative in ((0, 4, 2), (1, 6, 2), (2, 8, 3), (9, 10, 4)):
+        cfg = train.Config(prompts=4, samples=2, dynamic_sampling=refills)
+        rows, seen, at = train.collect(None, problems, 0, cfg, None, None)
+        assert len(rows) == 8 and at == first == len(seen) // 2
+        assert [r.group for r in seen[::2]] == list(range(at))
+        groups = [rows[i:i + 2] for i in range(0, 8, 2)]
+        assert all(a.group == b.group for a, b in groups) and sorted({r.group for r in rows}) == [g[0].group for g in groups]
+        assert sum(a.score != b.score for a, b in groups) == informative
+        assert train.describe(seen, cfg)["refills"] == at - 4
+    rows, _, at = train.collect(None, problems, at, train.Config(prompts=4, samples=2), None, None)
+    assert at == 14 and rows[0].group == 10  # the next step goes on after the last problem drawn
+
+
+def test_dynamic_sampling_resumes_at_its_problem(run):
+    flags = [*TINY, "--dynamic_sampling", 2, "--max_new_tokens", 3]
+    run(*flags, "--steps", 4, "--out", "whole")
+    run(*flags, "--steps", 2, "--out", "parts")
+    run("--out", "parts", "--resume", "--steps", 4)
+    assert untimed("parts") == untimed("whole") and same_weights("parts", "whole")
+    assert all(m["refills"] > 0 for m in metrics("whole"))
+
+
+def learned_rows(monkeypatch, **kw):
+    """The rows that reach update(), with their advantages, of one learn() over four responses."""
+    seen = []
+    monkeypatch.setattr(train, "update", lambda m, ref, o, rows, *a, **k: seen.extend(rows) or 0.0)
+    rows = [train.Row([1] * (1 + n), 1, [-1.0] * n, n < 10, s, "ok") for n, s in ((4, 1.0), (8, 1.0), (9, 0.0), (10, 0.0))]
+    train.learn(None, None, None, rows, train.Config(prompts=1, samples=4, updates=1, loss="dr_grpo", max_new_tokens=10, **kw))
+    return seen
+
+
+def test_overlong_shaping_is_daposs_ramp(monkeypatch):
+    """DAPO's soft punishment: nothing up to max - buffer, then linear down to -1 at the limit."""
+    assert [r.A for r in learned_rows(monkeypatch)] == [0.5, 0.5, -0.5, -0.5]
+    shaped = torch.tensor([1.0, 1 - 0.5, 0 - 0.75, 0 - 1.0])  # 6 tokens are free, the other 4 cost a quarter each
+    rows = learned_rows(monkeypatch, overlong_buffer=4)
+    assert torch.allclose(torch.tensor([r.A for r in rows]), shaped - shaped.mean())
+    assert [r.score for r in rows] == [1, 1, 0, 0] and {r.pass_rate for r in rows} == {0.5}  # what is reported stays the score
+
+
+def test_truncated_responses_stay_out_of_the_loss(monkeypatch, run):
+    rows = learned_rows(monkeypatch, mask_truncated=True)
+    assert [r.length for r in rows] == [4, 8, 9] and [r.A for r in rows] == [0.5, 0.5, -0.5]  # it still counts in the baseline
+    monkeypatch.undo()
+
+
+def test_a_step_of_truncated_responses_alone_changes_nothing(run):
+    cwd = run(*TINY, "--max_new_tokens", 1, "--mask_truncated", "--out", "r")
+    start = load_file(next((cwd / "runs/warmstart").iterdir()) / "model.safetensors")
+    if all(m["truncated"] == 1 for m in metrics("r")):
+        assert all(torch.equal(v, start[k]) for k, v in weights("r").items())
+    assert all(m["sampler_kl"] is not None for m in metrics("r"))
 
 
 def rows_for(cfg, count=12, seed=0):
@@ -339,7 +538,10 @@ def test_microbatches_respect_the_budget(monkeypatch):
     (("--template", "orzz"), "orz"), (("--data", "noanswer.jsonl"), "needs --model"), (("--lr", 0), "--lr"), (("--eval_data", "missing.jsonl"), "missing.jsonl"),
     (("--eval_data", "noanswer.jsonl"), "noanswer.jsonl line 2"), (("--eval_data", "empty.jsonl"), "empty.jsonl"),
     (("--max_prompt_tokens", 3), "--max_prompt_tokens 3"), (("--out", "full"), "--resume"), (("--out", "blocked/x"), "blocked"),
-    (("--resume", "--out", "never"), "no run to continue"), (("--acpo_stats", "all"), "--acpo_stats")])
+    (("--resume", "--out", "never"), "no run to continue"), (("--acpo_stats", "all"), "--acpo_stats"),
+    (("--old_logp", "engine"), "sampler or trainer"), (("--shards_per_replica", 2), "--shards_per_replica 2"), (("--offload",), "--offload"),
+    (("--dynamic_sampling", -1), "--dynamic_sampling -1"), (("--overlong_buffer", 99), "--overlong_buffer 99"),
+    (("--kv_tokens", 5), "kv_tokens")])
 def test_bad_input_is_one_line_and_nothing_is_lost(run, tmp_path, capsys, flags, said):
     (tmp_path / "noanswer.jsonl").write_text('{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n')
     (tmp_path / "empty.jsonl").touch()
