@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class Config:
     loss_args: list[str] = flag([], "its hyper-parameters, as alpha=2 eps=0.1")
     advantage: str = flag("", "grpo, mean, rloo, maxrl, gpg, reinforce_pp, reward, signed (default: the objective's own)")
     agg: str = flag("", "token-mean, seq-mean-token-mean, seq-mean-token-sum[-norm] (default: the objective's own)")
-    acpo_stats: str = flag("batch", "ACPO's ratio statistics: over the whole mini-batch and all ranks, or micro (official code)")
+    acpo_stats: Literal["batch", "micro"] = flag("batch", "ACPO's ratio statistics: over the whole mini-batch and all ranks, or micro (official code)")
 
     model: str = flag("", "checkpoint directory or hub id (default: a new small model, warm-started on demonstrations)")
     data: str = flag("chainsum", "training problems: a procedural task, a hub dataset or a .jsonl/.json/.csv/.parquet file")
@@ -76,9 +77,10 @@ class Config:
     dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups whose scores are all equal")
     overlong_buffer: int = flag(0, "DAPO: each of the last so many tokens before --max_new_tokens costs reward, 1 in all")
     mask_truncated: bool = flag(False, "responses cut at --max_new_tokens stay out of the loss (their scores still count in the group)")
-    old_logp: str = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more forward pass over the rollout")
+    old_logp: Literal["sampler", "trainer"] = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more forward pass over the rollout")
 
     lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B")
+    beta2: float = flag(0.95, "of Adam; verl's default, and so ACPO's run, is 0.999")
     warmup: int = flag(0, "steps of linear warm-up; then the rate is constant, whatever --steps is")
     weight_decay: float = flag(0.01, "of matrices; norms and biases have none")
     clip_norm: float = flag(1.0, "largest gradient norm")
@@ -139,24 +141,19 @@ def parse() -> Config:
     if rest:
         names = ["--" + f for f in Config.__dataclass_fields__]
         raise ValueError(data.nearest("--" + rest[0].split("=")[0].lstrip("-").replace("-", "_"), names, "flag"))
-    for name in ("dynamic_sampling", "overlong_buffer", "shards_per_replica", "kv_tokens", "dry_run", "warmup"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
-    for name in ("steps", "prompts", "samples", "updates", "epochs", "tokens_per_microbatch", "eval_every", "eval_problems",
-                 "save_every", "keep", "threads", "max_prompt_tokens", "width", "layers"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least 1")
-    if cfg.lr <= 0 or cfg.temperature <= 0:
-        raise ValueError(f"--lr {cfg.lr} and --temperature {cfg.temperature} must be above 0")
+    for f in dataclasses.fields(Config):  # whole numbers start at 1, unless 0 is the default or means "none of it"
+        value, least = getattr(cfg, f.name), 0 if f.default == 0 or f.name in ("skill_steps", "habit_steps") else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"--{f.name} {value}: must be at least {least}")
+    if cfg.lr <= 0 or cfg.temperature <= 0 or not 0 <= cfg.beta2 < 1:
+        raise ValueError(f"--lr {cfg.lr} and --temperature {cfg.temperature} must be above 0, --beta2 {cfg.beta2} in [0, 1)")
     if cfg.updates > cfg.prompts * cfg.samples:
         raise ValueError(f"--updates {cfg.updates}: more mini-batches than the {cfg.prompts} x {cfg.samples} responses of a step")
-    for name, choices in (("acpo_stats", ("batch", "micro")), ("old_logp", ("sampler", "trainer"))):
-        if getattr(cfg, name) not in choices:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: must be {' or '.join(choices)}")
-    if cfg.shards_per_replica and WORLD % cfg.shards_per_replica:
-        raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: the {WORLD} ranks cannot be split into such groups; "
-                         f"{math.gcd(WORLD, cfg.shards_per_replica)} would do, or 0")
-    if cfg.offload and WORLD == 1 and DEVICE.type == "cpu":
+    world = cfg.dry_run or WORLD
+    if cfg.shards_per_replica and world % cfg.shards_per_replica:
+        raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: {world} ranks cannot be split into such groups; "
+                         f"{math.gcd(world, cfg.shards_per_replica)} would do, or 0")
+    if cfg.offload and world == 1 and DEVICE.type == "cpu":
         raise ValueError("--offload: one process on a CPU has nothing to offload from; --offload False")
     probe = torch.zeros(1, 1, requires_grad=True)  # let losses.py itself say what is wrong with a name
     try:
@@ -573,7 +570,10 @@ def restore(out, model, optimizer):
 
 
 def rewind(out, step):
-    """Drop the lines of metrics.jsonl after `step`, and evaluations that were made only because a shorter run ended there."""
+    """Drop what a killed run was still saving, the lines of metrics.jsonl after `step`, and evaluations that were made only
+    because a shorter run ended there."""
+    for half in out.glob(".*step-*"):
+        shutil.rmtree(half)
     path, every = out / "metrics.jsonl", json.loads((out / "config.json").read_text())["eval_every"]
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
     lines = [m | {"eval": m["eval"] if m["step"] == 1 or m["step"] % every == 0 else None}
@@ -603,7 +603,7 @@ def train(cfg: Config):
     problems, held_out = load_problems(cfg, model, tokenizer)
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-                                  lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+                                  lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     done, saved, position, history = 0, 0, 0, []
     if cfg.resume:
         if (out / "latest").is_file():
