@@ -1,6 +1,7 @@
 """experiments/compare.py and plot.py: what is measured is what autograd says, and a sweep survives being killed."""
 import json
-import os
+import math
+import random
 import signal
 import subprocess
 import sys
@@ -10,40 +11,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import compare
+from experiments import compare, plot
 
 ROOT = Path(__file__).parent.parent
 TINY = "--steps 2 --prompts 4 --samples 4 --skill_steps 2 --habit_steps 2 --width 16 --layers 1 --eval_problems 8"
-
-
-def sweep(cwd, *args, wait=True):
-    argv = [sys.executable, ROOT / "experiments/compare.py", "--results", cwd / "lines.jsonl", "--jobs", "2", *args]
-    process = subprocess.Popen(argv, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return (process.communicate()[1], process.returncode) if wait else process
 
 
 def lines(cwd):
     return [json.loads(line) for line in (cwd / "lines.jsonl").read_text().splitlines()]
 
 
-def test_a_tiny_grid_runs_is_killed_and_resumes(tmp_path):
+def test_a_tiny_grid_runs_is_killed_and_resumes(tmp_path, monkeypatch):
     """Four runs; the sweep is killed after the first line. Again: all four, none twice, nothing half-written."""
-    args = ["--losses", "grpo", "acpo alpha=1", "--updates", "2", "4", "--seeds", "3", "--flags", TINY]
-    process = sweep(tmp_path, *args, wait=False)
-    while not ((tmp_path / "lines.jsonl").is_file() and lines(tmp_path)):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(ROOT / "experiments/compare.py"), "--results", "lines.jsonl", "--jobs", "2", "--losses", "grpo", "acpo alpha=1",
+            "--updates", "2", "4", "--seeds", "3", "--flags", TINY]
+    process = subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "lines.jsonl"
+    while not (path.is_file() and lines(tmp_path)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    time.sleep(0.3)
-    before = (tmp_path / "lines.jsonl").read_text()
-    (tmp_path / "lines.jsonl").write_text(before + '{"task": "cha')  # as if the machine had died
-    assert sweep(tmp_path, *args)[1] == 0
-    assert (tmp_path / "lines.jsonl").read_text().startswith(before)
+    process.communicate()  # until its last child has let go of the pipe
+    before = path.read_text()
+    path.write_text(before + '{"task": "cha')  # as if the machine had died
+    monkeypatch.setattr(sys, "argv", argv)
+    compare.main()
+    assert path.read_text().startswith(before)
     keys = [compare.key(line) for line in lines(tmp_path)]
     assert len(keys) == len(set(keys)) == 4
-    after = (tmp_path / "lines.jsonl").read_text()
-    assert sweep(tmp_path, *args)[1] == 0 and (tmp_path / "lines.jsonl").read_text() == after  # nothing left to do
+    after = path.read_text()
+    compare.main()
+    assert path.read_text() == after  # nothing left to do
     for line in lines(tmp_path):
         assert len(line["curves"]["reward"]) == 2 and line["cpu_seconds"] > 0 and line["collapsed"] in (True, False)
         tokens = [row[0] for row in (line["gradient"], line["spread"])]
@@ -51,12 +50,14 @@ def test_a_tiny_grid_runs_is_killed_and_resumes(tmp_path):
         assert (line["band"] is None) == (line["loss"] == "grpo")
 
 
-def test_bad_input_is_one_line(tmp_path):
+def test_bad_input_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for args, word in ((["--losses", "gpro"], "gpro"), (["--grid", "none"], "none"), ([], "--grid"), (["--grid", "main"], "lr"),
                        (["--losses", "grpo eps=1", "--flags", TINY], "eps"), (["--losses", "grpo", "--jobs", "0"], "--jobs")):
-        error, code = sweep(tmp_path, *args)
-        last = error.strip().splitlines()[-1]
-        assert code and last.startswith("compare.py: ") and word in last and "Traceback" not in error
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--results", "lines.jsonl", *args])
+        with pytest.raises(SystemExit) as e:
+            compare.main()
+        assert e.value.code.startswith("compare.py: ") and word in e.value.code and "\n" not in e.value.code
     assert not (tmp_path / "lines.jsonl").exists()
 
 
@@ -145,3 +146,25 @@ def test_matching_finds_the_parameter_between_two_points():
     scan = {0.1: [line(0.04)], 0.4: [line(0.01)], 1.0: [line(0.0)]}
     assert compare.match(scan, "clip", 0.02) == 0.2  # straight in log-log
     assert compare.match(scan, "clip", 0.5) == 0.1 and compare.match(scan, "clip", 1e-9) == 0.4
+
+
+def test_intervals_and_pairing_by_brute_force():
+    """t quantiles by integrating the density; an interval covers the truth 95 times in 100; pairing removes what seeds share."""
+    for df in (1, 4, 7, 9, 20):
+        density = lambda t: math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi) * (1 + t * t / df) ** (-(df + 1) / 2)
+        n, T = 20000, plot.T95[df]
+        assert 2 * T / n * sum(density(-T + 2 * T * (i + 0.5) / n) for i in range(n)) == pytest.approx(0.95, abs=2e-4)
+    rng = random.Random(0)
+    hits = [abs(m - 3) < half for m, half in (plot.interval([rng.gauss(3, 2) for _ in range(5)]) for _ in range(4000))]
+    assert 0.935 < sum(hits) / len(hits) < 0.965
+    shared = [rng.gauss(0, 10) for _ in range(8)]
+    a, b = ([{"seed": s, "auc": x + d + rng.gauss(0, 0.1)} for s, x in enumerate(shared)] for d in (1, 0))
+    m, half, n = plot.paired(a[::-1], b[1:], lambda x: x["auc"])
+    d = [a[s]["auc"] - b[s]["auc"] for s in range(1, 8)]
+    assert n == 7 and m == pytest.approx(sum(d) / 7) and half < 0.2
+    assert half == pytest.approx(2.447 * (sum((v - m) ** 2 for v in d) / 6 / 7) ** 0.5)
+
+
+def test_entropy_where_the_reward_crosses_a_level():
+    line = {"curves": {"reward": [0.2, 0.6, 1.0], "entropy": [1.0, 0.8, 0.4]}}
+    assert plot.entropy_at(line, 0.8) == pytest.approx(0.6) and math.isnan(plot.entropy_at(line, 0.1))
