@@ -162,9 +162,10 @@ def cell_entropies(model, rows, cfg, norm=0.02):
 
     longest = max(len(r.tokens) for r in rows)
     with torch.no_grad():
-        logits = model(torch.tensor([r.tokens + [0] * (longest - len(r.tokens)) for r in rows])).float()
+        ids = torch.tensor([r.tokens + [0] * (2 * longest - len(r.tokens)) for r in rows])
+        logits = model(ids[:, :longest]).float()
         place = torch.tensor([r.prompt_len for r in rows])[:, None] + torch.arange(mask.shape[1])
-        token = torch.tensor([r.tokens + [0] * mask.shape[1] for r in rows]).gather(1, place)
+        token = ids.gather(1, place)
         place = (place - 1).clamp(max=longest - 1)[..., None].expand(-1, -1, logits.shape[-1])
         slope = entropy_slope(logits.gather(1, place), token, A)
         out = defaultdict(list)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experiments import compare, plot
+from model import Model
 
 ROOT = Path(__file__).parent.parent
 TINY = "--steps 2 --prompts 4 --samples 4 --skill_steps 2 --habit_steps 2 --width 16 --layers 1 --eval_problems 8"
@@ -131,6 +132,29 @@ def test_cells_keep_their_own_tokens_and_all_cells_are_grpo():
     parts = [grad("cells", only=only) for only in ("1000", "0100", "0010", "0001")]
     assert torch.allclose(sum(parts), grad("grpo")) and (sum((p != 0).int() for p in parts) <= 1).all()
     assert torch.equal(grad("cells", only=1111), grad("grpo")) and not (parts[2][::2] != 0).any()
+
+
+def test_cells_add_up_to_the_whole_step(tmp_path, monkeypatch):
+    """Small steps are linear: the four cells' entropy changes sum to that of all; the free-logit prediction sees the
+    same log-probs as the trainer; the weights come back."""
+    monkeypatch.chdir(tmp_path)
+    cfg = compare.train.Config(samples=4)
+    raw = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=16, hidden_size=16, intermediate_size=32,
+               num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, rms_norm_eps=1e-6,
+               tie_word_embeddings=True, hidden_act="silu", rope_theta=1e4, initializer_range=0.5)
+    model, rng = Model.from_scratch(raw, 0, "cpu"), random.Random(0)
+    rows = [compare.train.Row([rng.randrange(16) for _ in range(n)], 3, [-1.0] * (n - 3), True, float(i % 3 == 0), "ok")
+            for i, n in enumerate((5, 9, 7, 4, 8, 6, 5, 7))]
+    before, seen = model.embed_tokens.weight.clone(), []
+    slope = compare.entropy_slope
+    monkeypatch.setattr(compare, "entropy_slope", lambda logits, token, A: seen.append(
+        logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]) or slope(logits, token, A))
+    out = compare.cell_entropies(model, rows, cfg, norm=1e-2)
+    mask, _, logp, _, _ = compare.train.token_stats(model, rows, cfg)
+    assert torch.allclose(seen[0][mask], logp[mask], atol=1e-5)
+    assert sum(out["measured"][:4]) == pytest.approx(out["measured"][4], rel=0.1) and sum(out["share"][:4]) == pytest.approx(1, abs=1e-3)
+    assert sum(out["predicted"][:4]) == pytest.approx(out["predicted"][4], rel=1e-2)
+    assert torch.allclose(model.embed_tokens.weight, before, atol=1e-6)
 
 
 def test_collapse_is_a_fifth_below_the_best():
