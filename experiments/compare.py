@@ -11,6 +11,7 @@ that a sweep may be killed and repeated. train.py runs unchanged in a child proc
 update moves, except those of ACPO's own band.
 """
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -97,10 +98,10 @@ def spread_bins(q, d, sum_p2, mask):
     return in_bins(q, mask, r, r**2, d, d**2, (1 - q) ** 2 + (sum_p2 - q**2).clamp(min=0))
 
 
-def watch(seen, measure):
+def watch(seen, run):
     """Wrap train.py's functions, in this process for good, so that `seen` collects: per-bin sums of the first EARLY steps,
-    the mean band width (objectives that clip by `ppo`), and what `measure` asks for."""
-    loss_of, ppo, learn = losses.policy_loss, losses.ppo, train.learn
+    the mean band width (objectives that clip by `ppo`), and what run["measure"] asks for."""
+    loss_of, ppo, learn, new_model = losses.policy_loss, losses.ppo, train.learn, train.new_model
     parent = os.getppid()
 
     def watched_ppo(x, low, high, dual_clip=None, r=None):
@@ -123,7 +124,7 @@ def watch(seen, measure):
         if os.getppid() != parent:
             os._exit(1)  # the sweep was killed
         seen["step"] += 1
-        if measure == "cells" and seen["step"] in (1, 4, 8, 16):
+        if run["measure"] == "cells" and seen["step"] in (1, 4, 8, 16):
             seen["cells"].append({"step": seen["step"], **cell_entropies(model, rows, cfg)})
         early = seen["step"] <= EARLY
         with torch.no_grad():
@@ -136,6 +137,7 @@ def watch(seen, measure):
         return out
 
     losses.policy_loss, losses.ppo, train.learn = watched_loss, watched_ppo, watched_learn
+    train.new_model = lambda cfg, *a, **kw: new_model(dataclasses.replace(cfg, seed=SHARED.get(cfg.data, cfg.seed)), *a, **kw)
     train.save, experiments.curves.draw = lambda *a: lambda: None, lambda *a: None  # no checkpoints, no pictures
 
 
@@ -207,7 +209,7 @@ def one_run(run, commit, results, errors):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.argv = command(run, Path(tmp) / "run")
-        watch(seen, run["measure"])
+        watch(seen, run)
         failed = None
         try:
             train.main()
@@ -250,8 +252,11 @@ def load(results=RESULTS):
 
 # ---- The grids -------------------------------------------------------------------------------------------------------
 
-TASKS = {"chainsum": "--prompts 32 --samples 8 --steps 24", "countdown": "--prompts 32 --samples 8 --steps 40 --skill_steps 2000"}
+TASKS = {"chainsum": "--prompts 32 --samples 8 --steps 24",
+         "countdown": "--prompts 32 --samples 8 --steps 40 --skill_steps 3000 --habit_steps 0"}
+SHARED = {"countdown": 100}  # all seeds start from the warm start of this one: it costs ten times a run
 TABLE = ["grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo"]
+EXTRA = ["unclipped", "gspo eps_low=0.03 eps_high=0.04"]  # GSPO's constants are for responses of thousands of tokens
 LRS, SEEDS, TUNING = (3e-4, 1e-3, 3e-3), range(8), (100, 101)  # no tuning seed is in a table
 WIDTHS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 DELTAS = {"kl3": (0.01, 0.02, 0.04, 0.1), "kl": (0.0005, 0.002, 0.008, 0.03), "tv": (0.01, 0.03, 0.06, 0.12)}
@@ -327,7 +332,7 @@ def named(name, lines):
     if name == "quick":
         return grid(["grpo", "acpo", "cispo", "grpo eps_low=0.45 eps_high=0.45"], (2, 16), seeds=range(2))
     if name == "common":  # one learning rate for all
-        return grid(TABLE + ["unclipped"], seeds=SEEDS)
+        return grid(TABLE + EXTRA, seeds=SEEDS)
     if name == "lr":
         return grid(TABLE, (2, 16), LRS, TUNING)
     if name == "scan":
@@ -342,12 +347,14 @@ def named(name, lines):
     if name == "wapo":
         return grid(["grpo", "wapo", "raft", "cells only=1100", "cells only=1110", "cells only=0011"], (16,), (1e-3, 3e-3),
                     flags="--steps 48")
+    if name == "second":
+        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo"], lrs=(1e-4, 3e-4), task="countdown")
     if name == "cells":
         return grid(["grpo"], (2,), seeds=SEEDS, measure="cells")
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "cells")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "cells", "second")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------
@@ -379,7 +386,7 @@ def sweep(runs, jobs, results):
         os.truncate(results, data.rfind(b"\n") + 1)
     have = {key(line) for line in load(results)}
     todo = list({key(r): r for r in runs if key(r) not in have}.values())
-    starts = {(r["task"], r["seed"], " ".join(f for f in r["flags"].split("--") if "_steps" in f)): r for r in todo}
+    starts = {(r["task"], SHARED.get(r["task"], r["seed"]), " ".join(f for f in r["flags"].split("--") if "_steps" in f)): r for r in todo}
     commit, bad = git_commit(), []
     with tempfile.TemporaryDirectory() as tmp:
         for work, what in ((starts.values(), "warm starts"), (todo, "runs")):

@@ -14,14 +14,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.compare import BINS, CELLS, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, load, matched, mean, pick, tuned
+from experiments.compare import BINS, CELLS, EXTRA, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, load, matched, mean, pick, tuned
 
 FIGURES = Path(__file__).parent / "figures"
 T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
        2.101, 2.093, 2.086)  # by degrees of freedom
 BIN_NAMES = ("p < 0.2", "0.2–0.4", "0.4–0.6", "0.6–0.8", "p > 0.8")
 COLORS = {"grpo": "#555555", "dapo": "#8c6bb1", "cispo": "#d95f0e", "gspo": "#a6761d", "acpo": "#1f5a99", "kl3": "#1b9e77",
-          "etr": "#66a61e", "wapo": "#b0413e", "sapo": "#e7298a", "gppo": "#e6ab02", "unclipped": "#bbbbbb"}
+          "etr": "#66a61e", "wapo": "#b0413e", "sapo": "#e7298a", "gppo": "#e6ab02", "unclipped": "#bbbbbb",
+          "gspo eps_low=0.03 eps_high=0.04": "#d8b365"}
 VALUES = {"final": lambda x: 100 * x["final"], "auc": lambda x: 100 * x["auc"], "entropy": lambda x: x["entropy_end"],
           "at80": lambda x: entropy_at(x, 0.8)}
 
@@ -135,7 +136,7 @@ def main_table(lines):
 
 
 def common_table(lines):
-    settings = [(spec, spec, 3e-4) for spec in TABLE + ["unclipped"]]
+    settings = [(spec, spec, 3e-4) for spec in TABLE + EXTRA]
     rows = score_rows(lines, settings, "grpo", 16)
     n = min((len(runs(lines, spec)) for spec in TABLE), default=0)
     if not n:
@@ -146,8 +147,9 @@ def common_table(lines):
         for a, what in zip(ax, ("reward", "entropy", "clip")):
             curves = [[100 * (u + v) for u, v in zip(x["curves"]["clip_low"], x["curves"]["clip_high"])] if what == "clip" else
                       x["curves"][what] for x in some]
-            a.plot(range(1, len(curves[0]) + 1), [sum(c) / len(c) for c in zip(*curves)], color=COLORS[spec], lw=1.8,
-                   label=spec, ls="--" if spec == "unclipped" else "-")
+            if some:
+                a.plot(range(1, len(curves[0]) + 1), [sum(c) / len(c) for c in zip(*curves)], color=COLORS[spec], lw=1.8,
+                   label=spec.replace("eps_low=0.03 eps_high=0.04", "× 100"), ls="--" if spec in EXTRA else "-")
     for a, title in zip(ax, ("reward", "entropy per token (nats)", "clipped tokens (%)")):
         a.set_title(title, fontsize=12)
         a.set_xlabel(f"step: 256 responses, 16 updates (mean of {n} seeds)")
@@ -173,10 +175,13 @@ def lr_table(lines):
         ax[column].set_title(f"{updates} updates per rollout, {len(TUNING)} tuning seeds", fontsize=12)
         ax[column].set_xlabel("learning rate")
     ax[0].set_ylabel("final held-out accuracy (%)")
+    if not rows:
+        plt.close(fig)
+        return []
     ax[0].legend(frameon=False, fontsize=9, ncols=2)
-    finish(fig, "lr") if rows else plt.close(fig)
+    finish(fig, "lr")
     return [table(f"Learning rates, tuning seeds {TUNING}: area / final / collapsed", ("objective", "updates", *(f"{x:g}" for x in LRS),
-                                                                                      "chosen"), rows)] if rows else []
+                                                                                      "chosen"), rows)]
 
 
 # ---- 1. ACPO -----------------------------------------------------------------------------------------------------------
@@ -194,14 +199,13 @@ def acpo(lines):
     ax = grid.flat
     spread = {k: pooled(by[k], "spread") for k in KS}
     grads = {k: pooled(by[k], "gradient") for k in KS}
-    free = {k: pooled(runs(lines, "unclipped", k, seeds=range(5)) or by[k], "gradient") for k in KS}
     std = {k: [math.sqrt(max(s2 / c - (s / c) ** 2, 0)) for c, s, s2 in zip(*spread[k][:3])] for k in KS}
     logstd = {k: [math.sqrt(max(s2 / c - (s / c) ** 2, 0)) for c, s, s2 in zip(spread[k][0], *spread[k][3:5])] for k in KS}
     share = {k: [v / sum(spread[k][0]) for v in spread[k][0]] for k in KS}
     scale = {k: sum(n * v * v for n, v in zip(spread[k][0], logstd[k])) / sum(spread[k][5]) for k in KS}
     first = {k: [math.sqrt(scale[k] * v / c) for c, v in zip(spread[k][0], spread[k][5])] for k in KS}
     kept = {k: [v / sum(grads[k][3]) for v in grads[k][3]] for k in KS}
-    full = {k: [v / sum(free[k][2]) for v in free[k][2]] for k in KS}
+    full = {k: [v / sum(grads[k][2]) for v in grads[k][2]] for k in KS}
     clip = {k: [v / c for c, v in zip(*grads[k][:2])] for k in KS}
     for b in range(BINS):
         label = f"{BIN_NAMES[b]} ({100 * share[16][b]:.1f} %)"
@@ -228,7 +232,7 @@ def acpo(lines):
     ax[5].axhline(0.2, color="gray", ls=":", lw=1)
     ax[0].legend(frameon=False, fontsize=9, title="probability (share of tokens)")
     for a, title in zip(ax, ("std of the ratio after the rollout's updates", "std of log ratio: measured against first order",
-                             "clipped by ±0.2 (% of the bin's tokens)", "share of the gradient: kept (full), unclipped run (dashed)",
+                             "clipped by ±0.2 (% of the bin's tokens)", "share of the gradient: as clipped (solid), unclipped (dashed)",
                              "gradient per token, kept, relative to the mean", "half width of ACPO's band")):
         a.set_title(title, fontsize=11)
         a.grid(alpha=0.25)
@@ -241,7 +245,7 @@ def acpo(lines):
     worst = {k: max(abs(math.log(a / b)) for a, b in zip(logstd[k], first[k]) if a and b) for k in KS}
     return [table(f"ACPO 1: std of the ratio after the updates, and clipped tokens (%), by probability when sampled; grpo, lr 3e-4, first 12 "
                   f"steps, n = {n}", ("updates", *(f"std {b}" for b in BIN_NAMES), "clipped", *(f"clipped {b}" for b in BIN_NAMES)), rows),
-            table("ACPO 2: share of the gradient norm (%) kept (and in an unclipped run); std of log r measured / first order",
+            table("ACPO 2: share of the gradient norm (%) as clipped (and if nothing were clipped); std of log r measured / first order",
                   ("updates", *(f"share {b}" for b in BIN_NAMES), *(f"log r {b}" for b in BIN_NAMES)), more),
             f"Worst factor between measured and first-order std of log r: " + ", ".join(f"{math.exp(worst[k]):.2f} at {k}" for k in KS) + "\n"]
 
