@@ -256,6 +256,7 @@ TASKS = {"chainsum": "--prompts 32 --samples 8 --steps 24",
          "countdown": "--prompts 32 --samples 8 --steps 40 --skill_steps 3000 --habit_steps 0"}
 SHARED = {"countdown": 100}  # all seeds start from the warm start of this one: it costs ten times a run
 TABLE = ["grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo"]
+WINNERS = ["raft", "cells only=1100", "cells only=1110", "cells only=0011"]  # GRPO on winners, without losers' valleys, on losers
 EXTRA = ["unclipped", "gspo eps_low=0.03 eps_high=0.04"]  # GSPO's constants are for responses of thousands of tokens
 LRS, SEEDS, TUNING = (3e-4, 1e-3, 3e-3), range(8), (100, 101)  # no tuning seed is in a table
 WIDTHS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
@@ -332,7 +333,7 @@ def named(name, lines):
     if name == "quick":
         return grid(["grpo", "acpo", "cispo", "grpo eps_low=0.45 eps_high=0.45"], (2, 16), seeds=range(2))
     if name == "common":  # one learning rate for all
-        return grid(TABLE + EXTRA, seeds=SEEDS)
+        return grid(TABLE + EXTRA + WINNERS, seeds=SEEDS)
     if name == "lr":
         return grid(TABLE, (2, 16), LRS, TUNING)
     if name == "scan":
@@ -343,18 +344,19 @@ def named(name, lines):
     if name == "controls":
         return grid(list(matched(lines).values()), seeds=SEEDS)
     if name == "acpo":
-        return grid(["grpo", "unclipped", "acpo"], (1, 2, 4, 16, 32))
+        return grid(["grpo", "acpo"], (1, 2, 4, 16, 32))
     if name == "wapo":
-        return grid(["grpo", "wapo", "raft", "cells only=1100", "cells only=1110", "cells only=0011"], (16,), (1e-3, 3e-3),
-                    flags="--steps 48")
+        return grid(["grpo", "wapo", *WINNERS[:3]], (16,), (3e-3,), flags="--steps 48")
     if name == "second":
-        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo"], lrs=(1e-4, 3e-4), task="countdown")
+        return grid(TABLE + ["unclipped", *WINNERS[:3]], task="countdown")
+    if name == "second_low":
+        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo"], lrs=(1e-4,), task="countdown")
     if name == "cells":
         return grid(["grpo"], (2,), seeds=SEEDS, measure="cells")
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "cells", "second")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "cells", "second", "second_low")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------

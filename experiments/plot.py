@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.compare import BINS, CELLS, EXTRA, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, load, matched, mean, pick, tuned
+from experiments.compare import BINS, CELLS, EXTRA, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WINNERS, load, matched, mean, pick, tuned
 
 FIGURES = Path(__file__).parent / "figures"
 T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
@@ -136,7 +136,7 @@ def main_table(lines):
 
 
 def common_table(lines):
-    settings = [(spec, spec, 3e-4) for spec in TABLE + EXTRA]
+    settings = [(spec, spec, 3e-4) for spec in TABLE + EXTRA + WINNERS]
     rows = score_rows(lines, settings, "grpo", 16)
     n = min((len(runs(lines, spec)) for spec in TABLE), default=0)
     if not n:
@@ -157,6 +157,36 @@ def common_table(lines):
     ax[0].legend(frameon=False, fontsize=9, ncols=2)
     finish(fig, "curves")
     return [table(f"chainsum, 16 updates per rollout, all at learning rate 3e-4, n = {n}", HEAD, rows)]
+
+
+def second(lines):
+    """Countdown at several learning rates and updates per rollout."""
+    task, out = "countdown", []
+    settings = sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS})
+    for updates, lr in settings:
+        specs = [s for s in [*TABLE, *EXTRA, *WINNERS] if runs(lines, s, updates, lr, task)]
+        n = min(len(runs(lines, s, updates, lr, task)) for s in specs)
+        out.append(table(f"countdown, {updates} updates per rollout, learning rate {lr:g}, n = {n}", HEAD,
+                         score_rows(lines, [(s, s, lr) for s in specs], "grpo", updates, task)))
+    if settings:
+        fig, grid = plt.subplots(2, len(settings), figsize=(4.6 * len(settings) + 1, 7.4), sharex=True, sharey="row", squeeze=False)
+        for column, (updates, lr) in zip(grid.T, settings):
+            for spec in COLORS:
+                some = runs(lines, spec, updates, lr, task)
+                for a, what in zip(column, ("reward", "entropy")):
+                    curve = [sum(c) / len(c) for c in zip(*(x["curves"][what] for x in some))]
+                    smooth = [sum(curve[max(0, i - 2):i + 3]) / len(curve[max(0, i - 2):i + 3]) for i in range(len(curve))]
+                    if some:
+                        a.plot(range(1, len(curve) + 1), smooth, color=COLORS[spec], lw=1.8, label=spec)
+                    a.grid(alpha=0.25)
+                    a.spines[["top", "right"]].set_visible(False)
+            column[0].set_title(f"countdown, {updates} updates, lr {lr:g}", fontsize=12)
+            column[1].set_xlabel("step (means over seeds and five steps)")
+        grid[0, 0].set_ylabel("reward")
+        grid[1, 0].set_ylabel("entropy per token (nats)")
+        grid[0, 0].legend(frameon=False, fontsize=9, ncols=2)
+        finish(fig, "second")
+    return out
 
 
 def lr_table(lines):
@@ -298,7 +328,7 @@ def controls(lines):
 
 # ---- 4. WAPO -----------------------------------------------------------------------------------------------------------
 
-WINNERS = {"grpo": "all cells (grpo)", "cells only=1110": "grpo without losers' valleys", "cells only=1100": "grpo, winners only",
+NAMES = {"grpo": "all cells (grpo)", "cells only=1110": "grpo without losers' valleys", "cells only=1100": "grpo, winners only",
            "wapo": "wapo", "raft": "raft", "cells only=0011": "grpo, losers only"}
 
 
@@ -326,10 +356,10 @@ def wapo(lines):
         ax[0].set_title(f"entropy change of one step on one cell (millinats), n = {len(some)}", fontsize=12)
         ax[0].legend(frameon=False, fontsize=9)
         for lr, style in ((1e-3, "-"), (3e-3, "--")):
-            for spec, color in zip(WINNERS, ("#555555", "#66a61e", "#1f5a99", "#b0413e", "#d95f0e", "#bbbbbb")):
+            for spec, color in zip(NAMES, ("#555555", "#66a61e", "#1f5a99", "#b0413e", "#d95f0e", "#bbbbbb")):
                 curves = [x["curves"]["reward"] for x in runs(lines, spec, 16, lr, flags="--steps 48", seeds=range(5))]
                 if curves and lr == 3e-3:
-                    ax[1].plot(range(1, 49), [sum(c) / len(c) for c in zip(*curves)], color=color, lw=1.8, label=WINNERS[spec])
+                    ax[1].plot(range(1, 49), [sum(c) / len(c) for c in zip(*curves)], color=color, lw=1.8, label=NAMES[spec])
         ax[1].set_title("reward at learning rate 3e-3, 16 updates", fontsize=12)
         ax[1].set_xlabel("step")
         ax[1].legend(frameon=False, fontsize=9)
@@ -337,13 +367,13 @@ def wapo(lines):
         out.append(table(f"WAPO 1: mean entropy change (millinats) of one plain gradient step on one cell, n = {len(some)}",
                          ("step", "reward", "cell", "tokens (%)", "measured", "predicted", "same sign"), rows))
     rows = []
-    for lr in (1e-3, 3e-3):
+    for lr in (3e-3,):
         base = runs(lines, "grpo", 16, lr, flags="--steps 48", seeds=range(5))
-        for spec in WINNERS:
+        for spec in NAMES:
             s = runs(lines, spec, 16, lr, flags="--steps 48", seeds=range(5))
             if s:
                 best = [100 * max(x["curves"]["reward"]) for x in s]
-                rows.append([f"{lr:g}", WINNERS[spec], pm(*interval(best)), pm(*interval([VALUES["final"](x) for x in s])),
+                rows.append([f"{lr:g}", NAMES[spec], pm(*interval(best)), pm(*interval([VALUES["final"](x) for x in s])),
                              "" if s == base else pm(*paired(s, base, VALUES["final"])[:2], sign=True),
                              pm(*interval([VALUES["entropy"](x) for x in s]), digits=3), f"{sum(x['collapsed'] for x in s)} / {len(s)}"])
     if rows:
@@ -357,7 +387,7 @@ def main():
     FIGURES.mkdir(exist_ok=True)
     parts = [f"{len(lines)} runs, {sum(x['cpu_seconds'] for x in lines) / 3600:.2f} CPU-hours. Mean ± half width of the 95 % interval over "
              "seeds; differences are paired by seed, bold where the interval excludes zero. Made by experiments/plot.py.\n"]
-    for part in (main_table, common_table, lr_table, acpo, controls, wapo):
+    for part in (main_table, common_table, lr_table, second, acpo, controls, wapo):
         try:
             parts += part(lines)
         except SystemExit as e:  # compare.py's line about a grid that is not complete
