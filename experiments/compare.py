@@ -1,6 +1,6 @@
 """Objectives side by side: any grid of losses x updates x lr x seeds x tasks, and what each does to which tokens.
 
-    python experiments/compare.py --quick                     # a taste, under ten minutes on two cores
+    python experiments/compare.py --quick --jobs 2            # a taste in minutes, in runs/quick; then plot.py runs/quick/compare.jsonl
     python experiments/compare.py --grid common --jobs 2      # one of the named grids below; `--grid all`: hours
     python experiments/compare.py --losses grpo "kl3 delta=0.05" --updates 2 16 --lrs 3e-4 --seeds 0 1 2 --flags "--steps 50"
     python experiments/plot.py                                # every figure and table, from the lines alone
@@ -422,9 +422,10 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["chainsum"])
     parser.add_argument("--flags", default="", help="further flags of train.py, in one string")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="the lines (default: experiments/results/compare.jsonl, quick: runs/quick)")
     args = parser.parse_args()
     name = "quick" if args.quick else args.grid
+    args.results = args.results or (Path("runs/quick/compare.jsonl") if name == "quick" else RESULTS)
     if bool(name) == bool(args.losses):
         parser.error("give either --grid (or --quick) or --losses")
     if args.jobs < 1:

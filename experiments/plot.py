@@ -1,7 +1,7 @@
-"""Every figure and table of experiments/compare.py, from its lines alone: python experiments/plot.py
+"""Every figure and table of experiments/compare.py, from its lines alone: python experiments/plot.py [LINES.jsonl]
 
 Means with 95 % t-intervals over seeds; differences are paired by seed. Tables go to experiments/results/compare.md, figures
-to experiments/figures/. What no line speaks of yet is left out.
+to experiments/figures/ (beside the lines, if others are named). What no line speaks of yet is left out.
 """
 import math
 import sys
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from experiments.compare import BINS, CELLS, EXTRA, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WINNERS, load, matched, mean, pick, tuned
 
-FIGURES = Path(__file__).parent / "figures"
+OUT = {"figures": Path(__file__).parent / "figures"}
 T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
        2.101, 2.093, 2.086)  # by degrees of freedom
 BIN_NAMES = ("p < 0.2", "0.2–0.4", "0.4–0.6", "0.6–0.8", "p > 0.8")
@@ -83,7 +83,7 @@ def axes(n, width=13, height=4.2, **kw):
 
 def finish(fig, name):
     fig.tight_layout()
-    fig.savefig(FIGURES / f"compare_{name}.png", dpi=100)
+    fig.savefig(OUT["figures"] / f"compare_{name}.png", dpi=100)
     plt.close(fig)
 
 
@@ -136,11 +136,11 @@ def main_table(lines):
 
 
 def common_table(lines):
-    settings = [(spec, spec, 3e-4) for spec in TABLE + EXTRA + WINNERS]
+    settings = [(spec, spec, 3e-4) for spec in TABLE + EXTRA + WINNERS if runs(lines, spec)]
     rows = score_rows(lines, settings, "grpo", 16)
-    n = min((len(runs(lines, spec)) for spec in TABLE), default=0)
-    if not n:
+    if not runs(lines, "grpo"):
         return []
+    n = min(len(runs(lines, spec)) for spec, _, _ in settings)
     fig, ax = axes(3, 14)
     for spec in COLORS:
         some = runs(lines, spec)
@@ -383,16 +383,19 @@ def wapo(lines):
 
 
 def main():
-    lines = load(RESULTS)
-    FIGURES.mkdir(exist_ok=True)
-    parts = [f"{len(lines)} runs, {sum(x['cpu_seconds'] for x in lines) / 3600:.2f} CPU-hours. Mean ± half width of the 95 % interval over "
+    source = Path(sys.argv[1]) if sys.argv[1:] else RESULTS
+    if not source.is_file():
+        sys.exit(f"plot.py: {source} does not exist: experiments/compare.py writes it")
+    OUT["figures"] = OUT["figures"] if source == RESULTS else source.parent
+    lines = load(source)
+    parts = [f"{len(lines)} runs, {sum(x['cpu_seconds'] for x in lines) / 3600:.1f} CPU-hours. Mean ± half width of the 95 % interval over "
              "seeds; differences are paired by seed, bold where the interval excludes zero. Made by experiments/plot.py.\n"]
     for part in (main_table, common_table, lr_table, second, acpo, controls, wapo):
         try:
             parts += part(lines)
         except SystemExit as e:  # compare.py's line about a grid that is not complete
             parts.append(f"({part.__name__}: {e})\n")
-    (RESULTS.parent / "compare.md").write_text("\n".join(parts))
+    (source.parent / "compare.md").write_text("\n".join(parts))
     print("\n".join(parts))
 
 
