@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,13 +162,27 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):  # float32 inside, whatever the weights are
+        if x.dtype == torch.float32 == self.weight.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+def join(*linears):
+    """(weight, bias) of `linears` over one another: one matmul in place of several."""
+    return torch.cat([p.weight for p in linears]), None if linears[0].bias is None else torch.cat([p.bias for p in linears])
+
+
+def outputs(x, joined, *linears):
+    """What each of `linears` makes of x; one matmul while Model.joined() holds their weights together."""
+    if joined is None:
+        return [p(x) for p in linears]
+    return F.linear(x, *joined).split([p.out_features for p in linears], -1)
+
+
 def rotate(x, cos, sin):
-    """Rotary embedding of (N,H,h) in the half-split form; cos, sin (N,1,h/2)."""
+    """x (N,H,h) in the half-split form; cos is (cos, cos), sin is (-sin, sin), both (N,1,h)."""
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)
 
 
 class Attention(nn.Module):
@@ -180,9 +195,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * h, c.hidden_size, bias=c.o_bias)
         self.q_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.joined = None
 
     def forward(self, x, cos, sin, attend, layer):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        qkv = outputs(x, self.joined, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
@@ -193,9 +210,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.joined = None
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = outputs(x, self.joined, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -275,6 +294,20 @@ class Model(nn.Module):
             ids = json.loads((self.source / "generation_config.json").read_text()).get("eos_token_id", ids)
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
+    @contextmanager
+    def joined(self):
+        """Inside: q, k, v and gate, up of each layer are one matrix each, a copy. A sampler calls few rows at a time, where
+        the number of matmuls counts; the parameters stay as they are."""
+        try:
+            with torch.no_grad():
+                for b in self.layers:
+                    b.self_attn.joined = join(b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj)
+                    b.mlp.joined = join(b.mlp.gate_proj, b.mlp.up_proj)
+            yield
+        finally:
+            for b in self.layers:
+                b.self_attn.joined = b.mlp.joined = None
+
     def body(self, ids, positions, attend):
         """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,)."""
         if self.inv_freq.device != ids.device:
@@ -282,6 +315,7 @@ class Model(nn.Module):
         x = self.embed_tokens(ids)
         angle = positions[:, None, None].float() * self.inv_freq
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)

@@ -15,10 +15,13 @@ alone, so slots, batch order and number of processes do not change a response.
 import argparse
 import hashlib
 import sys
-from collections import deque
+from collections import Counter, deque
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,9 +31,12 @@ try:
     from flash_attn import flash_attn_with_kvcache
 except ImportError:
     flash_attn_with_kvcache = None
+torch_flash = torch.ops.aten._flash_attention_forward  # the same kernels; with a cache where it knows `seqused_k`
 
 PREFILL_TOKENS = 16384  # prompt tokens prefilled at once
 CPU_CACHE_BYTES = 2 * 2**30
+CDF_BLOCK = 64  # tokens summed first, so that only one block of the vocabulary needs a running sum
+GRAPH_AFTER = 3  # eager steps of one shape before it is captured: they warm it up, and a shape used less is not worth it
 
 
 @dataclass
@@ -60,10 +66,12 @@ def request_key(prompt: list[int], seed: int, index: int) -> int:
 def draw(logits: Tensor, u: Tensor, temperature=1.0, top_k=0, top_p=1.0, banned: Tensor | None = None):
     """One token per row of logits (n,V) by inverse CDF at u (n,): (tokens (n,), their log-probs (n,) float32).
     temperature 0 is greedy, its log-prob that of temperature 1. `banned` (n,V) bool never comes out."""
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    p = logp.exp() if banned is None else logp.exp().masked_fill(banned, 0)
+    z = logits.float() if temperature in (0, 1) else logits.float() / temperature
+    whole = p = z.softmax(-1)
+    if banned is not None:
+        p = z.masked_fill(banned, -torch.inf).softmax(-1)
     if temperature == 0:
-        token = p.argmax(-1)
+        token = p.argmax(-1, keepdim=True)
     else:
         if top_k and top_k < p.shape[-1]:
             p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0)
@@ -71,64 +79,213 @@ def draw(logits: Tensor, u: Tensor, temperature=1.0, top_k=0, top_p=1.0, banned:
             ordered, index = p.sort(-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= top_p * ordered.sum(-1, keepdim=True)
             p = p.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0)
+        token = inverse_cdf(p, u[:, None])
+    if banned is not None:  # what is left may have been so unlikely that its probability is rounded to 0
+        return token[:, 0], z.log_softmax(-1).gather(1, token)[:, 0]
+    return token[:, 0], whole.gather(1, token)[:, 0].log()
+
+
+def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
+    """The first place (n,1) where the running sum of p (n,V) exceeds u (n,1) times its total. A large vocabulary in two
+    steps: which block of tokens, then which token in it, as running sums are slow and sums are fast."""
+    n, V = p.shape
+    if V <= 16 * CDF_BLOCK:
         cdf = p.cumsum(-1)
-        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
-    return token, logp.gather(1, token[:, None])[:, 0]
+        return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=V - 1)
+    blocks = F.pad(p, (0, -V % CDF_BLOCK)).view(n, -1, CDF_BLOCK)
+    mass = blocks.sum(-1)
+    cdf = mass.cumsum(-1)
+    x = u * cdf[:, -1:]
+    b = torch.searchsorted(cdf, x, right=True).clamp_(max=cdf.shape[1] - 1)
+    inside = blocks.gather(1, b[..., None].expand(n, 1, CDF_BLOCK))[:, 0].cumsum(-1)
+    x = torch.minimum(x - (cdf - mass).gather(1, b), inside[:, -1:].nextafter(torch.zeros_like(x)))  # rounding stays inside
+    return torch.searchsorted(inside, x, right=True) + b * CDF_BLOCK
+
+
+def decode_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """What attends to the cache: flash-attn if installed, else PyTorch's copy of it on CUDA, else two batched matmuls."""
+    if attention_kernel(device, dtype) == "flash-attn":
+        return "flash-attn"
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and "seqused_k" in str(torch_flash.default._schema):
+        return "torch flash"
+    return "bmm"
 
 
 class Cache:
-    """Keys and values of `slots` sequences of up to `length` tokens, per layer: (slots, Hkv, length, head_dim), or
-    (slots, length, Hkv, head_dim) where flash-attn decodes."""
+    """Keys and values of `slots` sequences of up to `length` tokens, allocated once: kv (layers, 2, slots, ...), a slot being
+    (length, Hkv, h) for the flash kernels and (Hkv, length, h) for batched matmuls."""
 
     def __init__(self, model: Model, slots: int, length: int):
         c, w = model.config, model.embed_tokens.weight
-        self.flash, self.scale = attention_kernel(w.device, w.dtype) == "flash-attn", c.head_dim**-0.5
-        shape = (slots, *((length, c.num_key_value_heads) if self.flash else (c.num_key_value_heads, length)), c.head_dim)
-        self.kv = [(w.new_zeros(shape), w.new_zeros(shape)) for _ in range(c.num_hidden_layers)]  # no nan where unwritten
+        self.kernel, self.heads, self.length, h = decode_kernel(w.device, w.dtype), c.num_key_value_heads, length, c.head_dim
+        shape = (self.heads, length, h) if self.kernel == "bmm" else (length, self.heads, h)
+        self.kv = w.new_zeros(c.num_hidden_layers, 2, slots, *shape)  # zeros: never nan where nothing was written
+        self.layers = [(k, v) for k, v in self.kv]
+        self.width = h if self.kernel == "bmm" else self.heads * h  # what lies together of one token
+        self.head = torch.arange(self.heads, device=w.device)
+        self.slot = torch.arange(slots, device=w.device)
+        # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
+        self.unseen = w.new_full((slots, self.heads, 1, length), -torch.inf) if self.kernel == "bmm" else None
 
-    def store(self, layer, rows, at, k, v):
-        """k, v (M,Hkv,h) of M tokens into slots `rows` (M,), places `at` (M,)."""
-        where = (rows, at) if self.flash else (rows, slice(None), at)
-        K, V = self.kv[layer]
-        K[where], V[where] = k, v
+    def where(self, rows, at):
+        """Index of places `at` (M,) of slots `rows` (M,) in the flattened cache."""
+        if self.kernel != "bmm":
+            return rows * self.length + at
+        return ((rows[:, None] * self.heads + self.head) * self.length + at[:, None]).flatten()
+
+    def store(self, layer, where, k, v):
+        """k, v (M,Hkv,h) of M tokens at `where`."""
+        for cache, x in zip(self.layers[layer], (k, v)):
+            cache.view(-1, self.width).index_copy_(0, where, x.reshape(-1, self.width))
+
+    def admit(self, rows, where):
+        """New sequences in slots `rows`, whose keys are those at `where`: what the slots held before is not looked at."""
+        if self.unseen is not None:
+            self.unseen[rows] = -torch.inf
+            self.unseen.view(-1).index_fill_(0, where, 0)
 
     def move(self, dst, src, length):
         """The first `length` tokens of slots `src` over those of slots `dst`."""
-        used = (slice(length),) if self.flash else (slice(None), slice(length))
-        for K, V in self.kv:
-            K[(dst, *used)], V[(dst, *used)] = K[(src, *used)], V[(src, *used)]
+        kv = self.kv[:, :, :, :, :length] if self.kernel == "bmm" else self.kv[:, :, :, :length]
+        kv[:, :, dst] = kv[:, :, src]
+        if self.unseen is not None:
+            self.unseen[dst] = self.unseen[src]
 
-    def decode(self, position: Tensor, length: int):
-        """attend() for one new token in each of the first n slots, at `position` (n,) < length. Without flash-attn: two
-        batched matmuls, the query heads of one KV head grouped, so that keys and values are read once, never repeated."""
-        n = len(position)
-        if self.flash:
+    def decode(self, n: int, position: Tensor, length: int):
+        """attend() for one new token in each of the first n slots, at `position` (n,) < length. No step allocates or copies
+        what grows with the cache: keys and values are prefix views, and the query heads of one KV head go together."""
+        if self.kernel == "flash-attn":
             def attend(layer, q, k, v):
-                K, V = self.kv[layer]
+                K, V = self.layers[layer]
                 return flash_attn_with_kvcache(q[:, None], K[:n], V[:n], k[:, None], v[:, None],
                                                cache_seqlens=position.int(), causal=True)[:, 0]
             return attend
-        rows, heads = torch.arange(n, device=position.device), self.kv[0][0].shape[1]
-        future = torch.arange(length, device=position.device) > position[:, None]
-        mask = torch.zeros_like(future, dtype=torch.float32).masked_fill(future, -torch.inf)
-        mask = mask[:, None].expand(n, heads, length).reshape(n * heads, 1, length)
+        where = self.where(self.slot[:n], position)
+        if self.kernel == "torch flash":  # packed sequences of `length` places each, of which the first position + 1 count
+            border = torch.arange(n + 1, device=position.device, dtype=torch.int32)
+            used = (position + 1).int()
+
+            def attend(layer, q, k, v):
+                self.store(layer, where, k, v)
+                K, V = (x[:n].flatten(0, 1) for x in self.layers[layer])
+                return torch_flash(q, K, V, border, border * self.length, 1, self.length, 0.0, False, False, seqused_k=used)[0]
+            return attend
+        self.unseen.view(-1).index_fill_(0, where, 0)
+        mask = self.unseen[:n, :, :, :length].flatten(0, 1)
 
         def attend(layer, q, k, v):
-            self.store(layer, rows, position, k, v)
-            K, V = (x[:n, :, :length].flatten(0, 1) for x in self.kv[layer])  # views
-            scores = q.reshape(n * heads, -1, q.shape[-1]) @ K.transpose(1, 2)
-            weights = torch.add(mask, scores, alpha=self.scale).softmax(-1).to(V.dtype)
-            return (weights @ V).view_as(q)
+            self.store(layer, where, k, v)
+            K, V = (x[:n, :, :length].flatten(0, 1) for x in self.layers[layer])
+            scores = torch.baddbmm(mask, q.reshape(len(K), -1, q.shape[-1]), K.transpose(1, 2), alpha=q.shape[-1]**-0.5)
+            return (scores.softmax(-1) @ V).view_as(q)
         return attend
 
 
+def capture(step, pool):
+    """A CUDA graph of step(); it is recorded, not run."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph
+
+
+class Decoder:
+    """The state of all slots, in place, and one decoding step over the first n of them: forward, draw, write down. A step
+    reads and writes these buffers alone, never waits for the host and has no shape that depends on data, so that on CUDA it
+    is replayed as a graph, one per (rows, length). Weights move at every FSDP unshard: a Decoder lives for one generate()."""
+
+    def __init__(self, model, slots, length, goes_on, sampling, min_new_tokens, watched):
+        device = goes_on.device
+        self.model, self.cache, self.length, self.device = model, Cache(model, slots, length), length, device
+        self.goes_on, self.watched = goes_on, watched  # (V,) int64: 0 for an EOS; 1 for a token that may end a stop string
+        self.sampling, self.min_new_tokens = sampling, min_new_tokens
+        # per slot: the token to be fed next and its place; places of the last prompt token and past the last allowed one;
+        # 1 while the sequence goes on; 1 once it drew a watched token
+        self.state = torch.zeros(6, slots, dtype=torch.long, device=device)
+        self.token, self.position, self.first, self.last, self.alive, self.hint = self.state
+        self.u, self.logp = (torch.zeros(slots, length, device=device) for _ in range(2))  # of the token drawn at a place
+        self.drawn = torch.zeros(slots, length, dtype=torch.long, device=device)
+        self.base = torch.arange(slots, device=device) * length
+        self.graphs, self.uses = {}, Counter()
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def step(self, n, length):
+        """Feed the next token of slots [0, n), all at places < length. A sequence that is over stays where it is and
+        writes beyond its end."""
+        position, alive = self.position[:n], self.alive[:n]
+        hidden = self.model.body(self.token[:n], position, self.cache.decode(n, position, length))
+        logits, at, banned = self.model.logits(hidden), self.base[:n] + position, None
+        if self.min_new_tokens:
+            early = position - self.first[:n] < self.min_new_tokens
+            banned = early[:, None] & (self.goes_on == 0)
+        new, logp = draw(logits, self.u.view(-1)[at], *self.sampling, banned)
+        self.token[:n] = new
+        self.drawn.view(-1).index_copy_(0, at, new)
+        self.logp.view(-1).index_copy_(0, at, logp)
+        if self.watched is not None:
+            self.hint[:n].bitwise_or_(self.watched[new] * alive)
+        position.add_(alive)
+        alive.mul_(self.goes_on[new]).mul_(position < self.last[:n])
+
+    def run(self, n, longest, slots):
+        """step() over at least n slots and places < longest; as a graph from the fourth time that a shape comes."""
+        if self.pool is None:
+            return self.step(n, longest)
+        n = min(slots, 1 << (n - 1).bit_length() if n <= 16 else -(-n // 16) * 16)  # few shapes; free slots idle along
+        longest = min(self.length, -(-longest // 256) * 256) if self.cache.kernel == "bmm" else self.length
+        self.uses[n, longest] += 1
+        if self.uses[n, longest] <= GRAPH_AFTER:
+            return self.step(n, longest)
+        if (n, longest) not in self.graphs:
+            self.graphs[n, longest] = capture(lambda: self.step(n, longest), self.pool)
+        self.graphs[n, longest].replay()
+
+    def admit(self, slots, prompts, keys, prefix, max_new_tokens):
+        """`prompts` into `slots` with the uniform numbers of `keys`; prefix[i][layer] are the keys and values (p-1,Hkv,h) of
+        prompt i without its last token, which is the first to be fed."""
+        rows = torch.tensor(slots, device=self.device)
+        first = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
+        at = torch.cat([torch.arange(len(p) - 1) for p in prompts]).to(self.device)
+        where = self.cache.where(rows.repeat_interleave(first), at)
+        self.cache.admit(rows, where)
+        for layer in range(len(self.cache.layers) if len(at) else 0):
+            self.cache.store(layer, where, *(torch.cat([kv[layer][x] for kv in prefix]) for x in (0, 1)))
+        ids = torch.tensor([p[-1] for p in prompts], device=self.device)
+        self.state[:, rows] = torch.stack((ids, first, first, first + max_new_tokens, torch.ones_like(ids), torch.zeros_like(ids)))
+        places = (self.base[rows] + first)[:, None] + torch.arange(max_new_tokens, device=self.device)
+        self.u.view(-1)[places] = uniforms(keys, max_new_tokens).to(self.device)
+
+    def move(self, dst, src, longest):
+        dst, src = (torch.tensor(x, device=self.device) for x in (dst, src))
+        self.cache.move(dst, src, longest)
+        self.state[:, dst] = self.state[:, src]
+        for t in (self.u, self.logp, self.drawn):
+            t[dst] = t[src]
+
+
+def prefill(model: Model, prompts: list[list[int]]):
+    """[[(k, v) per layer] per prompt], each (p-1,Hkv,h), of all prompts but their last tokens, packed end to end."""
+    device, lengths, kv = model.embed_tokens.weight.device, [len(p) - 1 for p in prompts], []
+    some = [n for n in lengths if n]
+    if not some:
+        return [[] for _ in prompts]
+    where, inner = causal(some, device, model.embed_tokens.weight.dtype)
+
+    def attend(layer, q, k, v):
+        kv.append((k.split(lengths), v.split(lengths)))
+        return inner(layer, q, k, v)
+    model.body(torch.tensor([t for p in prompts for t in p[:-1]], device=device), where, attend)
+    return [[(k[i], v[i]) for k, v in kv] for i in range(len(prompts))]
+
+
 def stop_tokens(stop, tokenizer, vocab_size):
-    """(V,) bool: the tokens whose text may complete a stop string, so that only they cost a look at the text."""
+    """(V,) int64, 1 for the tokens whose text may complete a stop string, so that only they cost a look at the text."""
     texts = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
     ends = {s[-1] for s in stop}
     hit = [not e.isascii() or e.isspace() or e in (t or "") for e in ends for t in texts]
-    table = torch.zeros(vocab_size, dtype=torch.bool)
-    table[:len(texts)] = torch.tensor(hit).view(len(ends), -1).any(0)
+    table = torch.zeros(vocab_size, dtype=torch.long)
+    table[:len(texts)] = torch.tensor(hit).view(len(ends), -1).any(0).long()
     return table
 
 
@@ -144,16 +301,16 @@ def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens:
     device, c = model.embed_tokens.weight.device, model.config
     if not prompts:
         return []
-    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"generate: n={n}, max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, "
-                         f"top_p={top_p} in (0, 1]")
+    if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or (slots is not None and slots < 1):
+        raise ValueError(f"generate: n={n}, max_new_tokens={max_new_tokens}, slots={slots} must be >= 1, temperature={temperature}, "
+                         f"top_k={top_k} >= 0, top_p={top_p} in (0, 1]")
     for i, p in enumerate(prompts):
         if not p or not all(0 <= t < c.vocab_size for t in p):
             raise ValueError(f"generate: prompt {i} is empty" if not p else
                              f"generate: prompt {i} has a token id outside the vocabulary of {c.vocab_size}")
     if stop and tokenizer is None:
         raise ValueError("generate: stop strings need tokenizer=")
-    eos = torch.tensor(model.eos_ids if eos_ids is None else eos_ids, dtype=torch.long, device=device)
+    eos = {e for e in (model.eos_ids if eos_ids is None else eos_ids) if 0 <= e < c.vocab_size}
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise ValueError(f"generate: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt")
@@ -168,118 +325,102 @@ def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens:
     if kv_tokens < length:
         raise ValueError(f"generate: the longest prompt ({length - max_new_tokens} tokens) + max_new_tokens ({max_new_tokens}) "
                          f"needs {length} cache tokens, the budget is {kv_tokens}; raise kv_tokens or shorten the request")
+    slots = min(slots or len(prompts) * n, kv_tokens // length, len(prompts) * n)
+
+    goes_on = torch.ones(c.vocab_size, dtype=torch.long)
+    goes_on[list(eos)] = 0
+    watched = stop_tokens(stop, tokenizer, c.vocab_size).to(device) if stop else None
+    with model.joined() if device.type == "cpu" else nullcontext():  # a graph makes up for many small matmuls on CUDA
+        decoder = Decoder(model, slots, length, goes_on.to(device), (temperature, top_k, top_p), min_new_tokens, watched)
+        return run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token)
+
+
+def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token) -> list[Rollout]:
+    """The host's side: requests into slots, steps, results out of slots."""
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
-    slots = min(slots or len(waiting), kv_tokens // length, len(waiting))
-
-    cache, every_slot = Cache(model, slots, length), torch.arange(slots, device=device)
-    token, position, count = (torch.zeros(slots, dtype=torch.long, device=device) for _ in range(3))
-    done, ended = (torch.zeros(slots, dtype=torch.bool, device=device) for _ in range(2))  # ended: by EOS or stop string
-    u = torch.zeros(slots, max_new_tokens, device=device)
-    out = torch.zeros(slots, max_new_tokens + 1, dtype=torch.long, device=device)  # the last column takes what rows
-    out_logp = torch.zeros(slots, max_new_tokens + 1, device=device)  # that are over draw until they are taken out
-    request = [(0, 0)] * slots  # (prompt, sample) in each slot
-    partly = {}  # keys, values, last logits of the one prompt that is prefilled and not yet admitted with all its samples
-    suspicious = stop_tokens(stop, tokenizer, c.vocab_size).to(device) if stop else None
     results: list[Rollout | None] = [None] * len(waiting)
-    patience = 8 if device.type == "cuda" else 1  # steps between looks at `done`: each look waits for the GPU
-
-    def accept(rows, logits):
-        """Draw the next token of `rows` (slots) from their logits, write it down, see which rows are over."""
-        at, alive, banned = count[rows], ~done[rows], None
-        if min_new_tokens:
-            banned = torch.zeros_like(logits, dtype=torch.bool).index_fill(1, eos, True) & (at < min_new_tokens)[:, None]
-        new, logp = draw(logits, u[rows, at.clamp(max=max_new_tokens - 1)], temperature, top_k, top_p, banned)
-        token[rows], out[rows, at], out_logp[rows, at] = new, new, logp
-        count[rows] = at + alive
-        end = torch.isin(new, eos)
-        if stop:
-            for i in (suspicious[new] & alive & ~end).nonzero()[:, 0].tolist():
-                text = tokenizer.decode(out[rows[i], :at[i] + 1].tolist())
-                end[i] = any(s in text for s in stop)
-        ended[rows] |= end & alive
-        done[rows] |= end | (at + 1 >= max_new_tokens)
-        if on_token:
-            for row in rows[alive].tolist():
-                on_token(request[row], int(token[row]))
+    request, stopped = {}, set()  # slot -> (prompt, sample); slots that a stop string ended
+    prefix = {}  # keys and values of the one prompt that was prefilled and not yet admitted with all its samples
+    patience = 8 if decoder.device.type == "cuda" and not on_token else 1  # steps between looks: each waits for the GPU
 
     def admit(free):
-        """Waiting requests into the `free` slots: prefill their prompts, copy K and V, draw each first token."""
-        nonlocal partly
-        new, took = {}, []  # prompts to prefill; (slot, prompt, sample)
+        """Waiting requests into slots `free`, each prompt prefilled once for all its samples; the number admitted."""
+        nonlocal prefix
+        took, new = [], []
         while waiting and len(took) < len(free):
             i = waiting[0][0]
-            if i not in new and i not in partly:
+            if i not in prefix and i not in new:
                 if new and sum(len(prompts[k]) for k in new) + len(prompts[i]) > PREFILL_TOKENS:
                     break
-                new[i] = None
-            took.append((free[len(took)], *waiting.popleft()))
-        ready = dict(partly)
-        if new:
-            lengths, kv = [len(prompts[i]) for i in new], {}
-            where, inner = causal(lengths, device, model.embed_tokens.weight.dtype)
-
-            def attend(layer, q, k, v):
-                kv[layer] = k, v
-                return inner(layer, q, k, v)
-            hidden = model.body(torch.tensor([t for i in new for t in prompts[i]], device=device), where, attend)
-            ends = torch.tensor(lengths, device=device).cumsum(0)
-            logits, split = model.logits(hidden[ends - 1]), {m: (k.split(lengths), v.split(lengths)) for m, (k, v) in kv.items()}
-            for b, i in enumerate(new):
-                ready[i] = [(k[b], v[b]) for k, v in split.values()], logits[b]
-        rows = torch.tensor([slot for slot, _, _ in took], device=device)
-        lens = torch.tensor([len(prompts[i]) for _, i, _ in took], device=device)
-        at = torch.cat([torch.arange(len(prompts[i])) for _, i, _ in took]).to(device)
-        for layer in range(c.num_hidden_layers):
-            k, v = (torch.cat([ready[i][0][layer][x] for _, i, _ in took]) for x in (0, 1))
-            cache.store(layer, rows.repeat_interleave(lens), at, k, v)
-        position[rows], count[rows], done[rows], ended[rows] = lens, 0, False, False
-        u[rows] = uniforms([request_key(prompts[i], seeds[i], j) for _, i, j in took], max_new_tokens).to(device)
-        for slot, i, j in took:
-            request[slot] = i, j
-        partly = {i: ready[i] for i, _ in list(waiting)[:1] if i in ready}
-        accept(rows, torch.stack([ready[i][1] for _, i, _ in took]))
+                new.append(i)
+            took.append(waiting.popleft())
+        prefix.update(zip(new, prefill(decoder.model, [prompts[i] for i in new])))
+        decoder.admit(free[:len(took)], [prompts[i] for i, _ in took], [request_key(prompts[i], seeds[i], j) for i, j in took],
+                      [prefix[i] for i, _ in took], max_new_tokens)
+        request.update(zip(free, took))
+        prefix = {i: prefix[i] for i, _ in list(waiting)[:1] if i in prefix}
         return len(took)
 
-    def close(holes, live):
+    def close(holes, live, longest):
         """Move the last of the `live` rows into the holes; the number of rows that are left."""
         left, gone = live - len(holes), set(holes)
-        dst = torch.tensor([h for h in holes if h < left], dtype=torch.long, device=device)
-        src = torch.tensor([r for r in range(left, live) if r not in gone], dtype=torch.long, device=device)
-        cache.move(dst, src, int(position[:live].max()))
-        for t in (token, position, count, done, ended, u, out, out_logp):
-            t[dst] = t[src]
-        for d, s in zip(dst.tolist(), src.tolist()):
-            request[d] = request[s]
+        dst, src = [h for h in holes if h < left], [r for r in range(left, live) if r not in gone]
+        if dst:
+            decoder.move(dst, src, longest)
+            request.update({d: request[s] for d, s in zip(dst, src)})
         return left
 
-    live = 0  # slots [0, live) hold sequences
+    def end_at_stop_strings(live):
+        """Rows that drew a token which may end a stop string since the last look: cut where the text first holds one."""
+        for row in decoder.hint[:live].nonzero()[:, 0].tolist():
+            first, end = decoder.first[row].item(), decoder.position[row].item()
+            tokens = decoder.drawn[row, first:end].tolist()
+            for k in range(max(1, len(tokens) - patience + 1), len(tokens) + 1):
+                text = tokenizer.decode(tokens[:k])
+                if any(s in text for s in stop):
+                    decoder.position[row], decoder.alive[row] = first + k, 0
+                    stopped.add(row)
+                    break
+        decoder.hint[:live] = 0
+
+    live = tokens = 0  # slots [0, live) hold sequences
     with tqdm(total=len(results), desc="rollout", unit="seq", disable=not progress, leave=False) as bar:
         while waiting or live:
-            over = done[:live].nonzero()[:, 0].tolist()
-            for row, k in zip(over, count[over].tolist()):
-                i, j = request[row]
-                results[i * n + j] = Rollout(prompts[i] + out[row, :k].tolist(), len(prompts[i]), out_logp[row, :k].tolist(),
-                                             bool(ended[row]))
-            bar.update(len(over))
+            _, position, first, _, alive, _ = decoder.state[:, :live].tolist()
+            over = [row for row in range(live) if not alive[row]]
+            for row in over:
+                (i, j), at = request[row], slice(first[row], position[row])
+                drawn = decoder.drawn[row, at].tolist()
+                results[i * n + j] = Rollout(prompts[i] + drawn, len(prompts[i]), decoder.logp[row, at].tolist(),
+                                             drawn[-1] in eos or row in stopped)
+                stopped.discard(row)
+                tokens += len(drawn)
+            if progress and bar.format_dict["elapsed"]:
+                now = tokens + sum(position) - sum(first) - sum(position[r] - first[r] for r in over)
+                bar.set_postfix_str(f"{now / bar.format_dict['elapsed']:.0f} tok/s", refresh=False)
+                bar.update(len(over))
+            slots = len(decoder.base)
             free, admitted = over + list(range(live, slots)), 0
             while waiting and admitted < len(free):
                 admitted += admit(free[admitted:])
             live += max(0, admitted - len(over))
             if holes := over[admitted:]:
-                live = close(holes, live)
-            if not live or done[:live].any():  # some are over with their first token
+                live = close(holes, live, max(position))
+            if not live:
                 continue
-            rows, longest, drawn = every_slot[:live], int(position[:live].max()) + 1, 0
-            while True:  # decode until a sixteenth of the rows is over: taking rows out is not free either
-                hidden = model.body(token[:live], position[:live], cache.decode(position[:live], longest))
-                position[:live] += ~done[:live]
-                accept(rows, model.logits(hidden))
-                longest, drawn = min(longest + 1, length), drawn + 1
-                if drawn % patience == 0 and int(done[:live].sum()) > live // 16:
-                    break
-            speed = bar.format_dict["elapsed"]
-            if progress and speed:
-                bar.set_postfix_str(f"{sum(len(r.logp) for r in results if r) / speed:.0f} tok/s", refresh=False)
+            longest = int(decoder.position[:live].max()) + 1
+            for steps in count(1):  # until a sixteenth of the rows is over: taking rows out is not free either
+                going = decoder.alive[:live].tolist() if on_token else ()
+                decoder.run(live, longest, slots)
+                longest = min(longest + 1, decoder.length)
+                for row, token in enumerate(decoder.token[:live].tolist() if on_token else ()):
+                    if going[row]:
+                        on_token(request[row], token)
+                if steps % patience == 0:
+                    if stop:
+                        end_at_stop_strings(live)
+                    if steps == 64 or live - int(decoder.alive[:live].sum()) > live // 16:
+                        break
     return results
 
 
