@@ -160,23 +160,20 @@ class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.eps_tensor = torch.tensor(eps, device="cpu")
 
     def forward(self, x):  # float32 inside, whatever the weights are
-        if x.dtype == torch.float32 == self.weight.dtype:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":  # F.rms_norm is a dozen kernels there
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x * torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt() * self.weight
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def join(*linears):
-    """(weight, bias) of `linears` over one another: one matmul in place of several."""
-    return torch.cat([p.weight for p in linears]), None if linears[0].bias is None else torch.cat([p.bias for p in linears])
-
-
-def outputs(x, joined, *linears):
-    """What each of `linears` makes of x; one matmul while Model.joined() holds their weights together."""
-    if joined is None:
-        return [p(x) for p in linears]
-    return F.linear(x, *joined).split([p.out_features for p in linears], -1)
+    """The outputs of all `linears` in one matmul, with a copy of their weights."""
+    W, sizes = torch.cat([p.weight for p in linears]), [p.out_features for p in linears]
+    b = None if linears[0].bias is None else torch.cat([p.bias for p in linears])
+    return lambda x: F.linear(x, W, b).split_with_sizes(sizes, -1)
 
 
 def rotate(x, cos, sin):
@@ -195,10 +192,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * h, c.hidden_size, bias=c.o_bias)
         self.q_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.joined = None
+        self.joined = None  # see Model.joined
 
     def forward(self, x, cos, sin, attend, layer):
-        qkv = outputs(x, self.joined, self.q_proj, self.k_proj, self.v_proj)
+        qkv = self.joined(x) if self.joined else [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
@@ -210,10 +207,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-        self.joined = None
+        self.joined = None  # see Model.joined
 
     def forward(self, x):
-        gate, up = outputs(x, self.joined, self.gate_proj, self.up_proj)
+        gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -14,12 +14,14 @@ alone, so slots, batch order and number of processes do not change a response.
 """
 import argparse
 import hashlib
+import math
 import sys
 from collections import Counter, deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,9 +121,14 @@ class Cache:
         c, w = model.config, model.embed_tokens.weight
         self.kernel, self.heads, self.length, h = decode_kernel(w.device, w.dtype), c.num_key_value_heads, length, c.head_dim
         shape = (self.heads, length, h) if self.kernel == "bmm" else (length, self.heads, h)
-        self.kv = w.new_zeros(c.num_hidden_layers, 2, slots, *shape)  # zeros: never nan where nothing was written
-        self.layers = [(k, v) for k, v in self.kv]
+        shape = c.num_hidden_layers, 2, slots, *shape
+        if w.device.type == "cpu":  # calloc: a page of memory is taken when it is first written, which most never are
+            zeros = numpy.zeros(math.prod(shape) * w.element_size(), numpy.uint8)
+            self.kv = torch.from_numpy(zeros).view(w.dtype).view(shape)
+        else:
+            self.kv = w.new_zeros(shape)  # zeros: never nan where nothing was written
         self.width = h if self.kernel == "bmm" else self.heads * h  # what lies together of one token
+        self.flat = [[x.view(-1, self.width) for x in layer] for layer in self.kv]
         self.head = torch.arange(self.heads, device=w.device)
         self.slot = torch.arange(slots, device=w.device)
         # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
@@ -135,8 +142,9 @@ class Cache:
 
     def store(self, layer, where, k, v):
         """k, v (M,Hkv,h) of M tokens at `where`."""
-        for cache, x in zip(self.layers[layer], (k, v)):
-            cache.view(-1, self.width).index_copy_(0, where, x.reshape(-1, self.width))
+        K, V = self.flat[layer]
+        K.index_copy_(0, where, k.reshape(-1, self.width))
+        V.index_copy_(0, where, v.reshape(-1, self.width))
 
     def admit(self, rows, where):
         """New sequences in slots `rows`, whose keys are those at `where`: what the slots held before is not looked at."""
@@ -155,29 +163,30 @@ class Cache:
         """attend() for one new token in each of the first n slots, at `position` (n,) < length. No step allocates or copies
         what grows with the cache: keys and values are prefix views, and the query heads of one KV head go together."""
         if self.kernel == "flash-attn":
+            used = position.int()
+
             def attend(layer, q, k, v):
-                K, V = self.layers[layer]
-                return flash_attn_with_kvcache(q[:, None], K[:n], V[:n], k[:, None], v[:, None],
-                                               cache_seqlens=position.int(), causal=True)[:, 0]
+                K, V = self.kv[layer, :, :n]
+                return flash_attn_with_kvcache(q[:, None], K, V, k[:, None], v[:, None], cache_seqlens=used, causal=True)[:, 0]
             return attend
         where = self.where(self.slot[:n], position)
-        if self.kernel == "torch flash":  # packed sequences of `length` places each, of which the first position + 1 count
-            border = torch.arange(n + 1, device=position.device, dtype=torch.int32)
-            used = (position + 1).int()
+        if self.kernel == "torch flash":  # packed sequences of self.length places, of which the first position + 1 count
+            border, used = torch.arange(n + 1, device=position.device, dtype=torch.int32), (position + 1).int()
 
             def attend(layer, q, k, v):
                 self.store(layer, where, k, v)
-                K, V = (x[:n].flatten(0, 1) for x in self.layers[layer])
+                K, V = self.kv[layer, :, :n].flatten(1, 2)
                 return torch_flash(q, K, V, border, border * self.length, 1, self.length, 0.0, False, False, seqused_k=used)[0]
             return attend
         self.unseen.view(-1).index_fill_(0, where, 0)
-        mask = self.unseen[:n, :, :, :length].flatten(0, 1)
+        mask, scale = self.unseen[:n, :, :, :length].flatten(0, 1), self.kv.shape[-1]**-0.5
+        K, V = self.kv[:, :, :n, :, :length].flatten(2, 3).unbind(1)  # (layers, n*Hkv, length, h)
+        K, V = K.transpose(2, 3).unbind(), V.unbind()
 
         def attend(layer, q, k, v):
             self.store(layer, where, k, v)
-            K, V = (x[:n, :, :length].flatten(0, 1) for x in self.layers[layer])
-            scores = torch.baddbmm(mask, q.reshape(len(K), -1, q.shape[-1]), K.transpose(1, 2), alpha=q.shape[-1]**-0.5)
-            return (scores.softmax(-1) @ V).view_as(q)
+            scores = torch.baddbmm(mask, q.reshape(len(mask), -1, q.shape[-1]), K[layer], alpha=scale)
+            return (scores.softmax(-1) @ V[layer]).view_as(q)
         return attend
 
 
@@ -213,20 +222,19 @@ class Decoder:
     def step(self, n, length):
         """Feed the next token of slots [0, n), all at places < length. A sequence that is over stays where it is and
         writes beyond its end."""
-        position, alive = self.position[:n], self.alive[:n]
-        hidden = self.model.body(self.token[:n], position, self.cache.decode(n, position, length))
+        token, position, first, last, alive, hint = self.state[:, :n].unbind()
+        hidden = self.model.body(token, position, self.cache.decode(n, position, length))
         logits, at, banned = self.model.logits(hidden), self.base[:n] + position, None
         if self.min_new_tokens:
-            early = position - self.first[:n] < self.min_new_tokens
-            banned = early[:, None] & (self.goes_on == 0)
-        new, logp = draw(logits, self.u.view(-1)[at], *self.sampling, banned)
-        self.token[:n] = new
-        self.drawn.view(-1).index_copy_(0, at, new)
-        self.logp.view(-1).index_copy_(0, at, logp)
+            banned = (position - first < self.min_new_tokens)[:, None] & (self.goes_on == 0)
+        new, logp = draw(logits, self.u.take(at), *self.sampling, banned)
+        token.copy_(new)
+        self.drawn.put_(at, new)
+        self.logp.put_(at, logp)
         if self.watched is not None:
-            self.hint[:n].bitwise_or_(self.watched[new] * alive)
+            hint.bitwise_or_(self.watched.take(new) * alive)
         position.add_(alive)
-        alive.mul_(self.goes_on[new]).mul_(position < self.last[:n])
+        alive.mul_(self.goes_on.take(new)).mul_(position < last)
 
     def run(self, n, longest, slots):
         """step() over at least n slots and places < longest; as a graph from the fourth time that a shape comes."""
@@ -249,7 +257,7 @@ class Decoder:
         at = torch.cat([torch.arange(len(p) - 1) for p in prompts]).to(self.device)
         where = self.cache.where(rows.repeat_interleave(first), at)
         self.cache.admit(rows, where)
-        for layer in range(len(self.cache.layers) if len(at) else 0):
+        for layer in range(len(self.cache.kv) if len(at) else 0):
             self.cache.store(layer, where, *(torch.cat([kv[layer][x] for kv in prefix]) for x in (0, 1)))
         ids = torch.tensor([p[-1] for p in prompts], device=self.device)
         self.state[:, rows] = torch.stack((ids, first, first, first + max_new_tokens, torch.ones_like(ids), torch.zeros_like(ids)))
@@ -398,7 +406,7 @@ def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progre
             if progress and bar.format_dict["elapsed"]:
                 now = tokens + sum(position) - sum(first) - sum(position[r] - first[r] for r in over)
                 bar.set_postfix_str(f"{now / bar.format_dict['elapsed']:.0f} tok/s", refresh=False)
-                bar.update(len(over))
+            bar.update(len(over))
             slots = len(decoder.base)
             free, admitted = over + list(range(live, slots)), 0
             while waiting and admitted < len(free):
