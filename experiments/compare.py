@@ -11,6 +11,7 @@ that a sweep may be killed and repeated. train.py runs unchanged in a child proc
 update moves, except those of ACPO's own band.
 """
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -39,6 +40,7 @@ RESULTS = Path(__file__).parent / "results/compare.jsonl"
 KEY = ("task", "loss", "updates", "lr", "seed", "flags", "measure")
 CURVES = ("reward", "entropy", "clip_low", "clip_high", "ratio_std", "approx_kl", "grad_norm", "length")
 EARLY, BINS = 12, 5  # the mechanism is measured in the first steps: later the model is nearly deterministic
+LADDER = (1, 2, 4, 16, 32)  # updates per rollout
 CELLS = ("pos_peak", "pos_valley", "neg_peak", "neg_valley")
 
 
@@ -127,6 +129,11 @@ def watch(seen, run):
         if run["measure"] == "cells" and seen["step"] in (1, 4, 8, 16):
             seen["cells"].append({"step": seen["step"], **cell_entropies(model, rows, cfg)})
         early = seen["step"] <= EARLY
+        if run["measure"] == "ladder" and early:
+            ladder(seen, model, optimizer, rows, cfg, watched)
+        return watched(model, reference, optimizer, rows, cfg, early)
+
+    def watched(model, reference, optimizer, rows, cfg, early=True):
         with torch.no_grad():
             before = train.token_stats(model, rows, cfg) if early else None
         out = learn(model, reference, optimizer, rows, cfg)
@@ -139,6 +146,23 @@ def watch(seen, run):
     losses.policy_loss, losses.ppo, train.learn = watched_loss, watched_ppo, watched_learn
     train.new_model = lambda cfg, *a, **kw: new_model(dataclasses.replace(cfg, seed=SHARED.get(cfg.data, cfg.seed)), *a, **kw)
     train.save, experiments.curves.draw = lambda *a: lambda: None, lambda *a: None  # no checkpoints, no pictures
+
+
+def ladder(seen, model, optimizer, rows, cfg, learn):
+    """The per-bin sums of 1 to 32 updates on one and the same rollout, from the same weights and optimizer state, which are
+    put back: with GRPO's band and with ACPO's."""
+    weights, state, sums = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict()), seen.copy()
+    for loss, k in ((loss, k) for loss in ("grpo", "acpo") for k in LADDER):
+        got = seen["ladder"].setdefault(f"{loss} {k}", {"gradient": torch.zeros(4, BINS), "spread": torch.zeros(6, BINS), "band": [0.0] * BINS})
+        seen.update(gradient=got["gradient"], spread=got["spread"])
+        out = learn(model, None, optimizer, rows, dataclasses.replace(cfg, loss=loss, updates=k))
+        got |= {"gradient": seen["gradient"], "spread": seen["spread"],
+                "band": [v + out.get(f"eps_bin{b}", 0.2) / EARLY for b, v in enumerate(got["band"])]}
+        with torch.no_grad():
+            for p, w in zip(model.parameters(), weights):
+                p.copy_(w)
+        optimizer.load_state_dict(copy.deepcopy(state))  # it keeps the tensors that it is given
+    seen.update(gradient=sums["gradient"], spread=sums["spread"], width=sums["width"], width_tokens=sums["width_tokens"])
 
 
 def entropy_slope(logits, token, A):
@@ -204,7 +228,7 @@ def command(run, out):
 
 def one_run(run, commit, results, errors):
     """In a process of its own: train, measure, append the line. A run that breaks off before its end leaves none."""
-    began, seen = time.time(), defaultdict(float, gradient=torch.zeros(4, BINS), spread=torch.zeros(6, BINS), cells=[])
+    began, seen = time.time(), defaultdict(float, gradient=torch.zeros(4, BINS), spread=torch.zeros(6, BINS), cells=[], ladder={})
     with tempfile.TemporaryDirectory() as tmp, open(errors, "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -226,6 +250,8 @@ def one_run(run, commit, results, errors):
             "auc": short(sum(reward) / steps), "entropy_end": short(lines[-1]["entropy"]),
             "collapsed": bool(failed) or collapsed(reward), "width": short(seen["width"] / max(1, seen["width_tokens"])),
             "gradient": rows(seen["gradient"]), "spread": rows(seen["spread"]), "cells": seen["cells"],
+            "ladder": {k: {"gradient": rows(v["gradient"]), "spread": rows(v["spread"]), "band": [short(b) for b in v["band"]]}
+                       for k, v in seen["ladder"].items()},
             "band": [short(sum(m[f"eps_bin{b}"] for m in lines[:EARLY]) / EARLY) for b in range(BINS)] if "eps_bin0" in lines[0] else None,
             **{c: [short(sum(m[c] for m in lines) / len(lines))] for c in CELLS},
             "curves": {k: [None if m[k] is None else float(f"{m[k]:.3g}") for m in lines] for k in CURVES}}
@@ -344,7 +370,9 @@ def named(name, lines):
     if name == "controls":
         return grid(list(matched(lines).values()), seeds=SEEDS)
     if name == "acpo":
-        return grid(["grpo", "acpo"], (1, 2, 4, 16, 32))
+        return grid(["grpo", "acpo"], LADDER)
+    if name == "ladder":
+        return grid(["grpo"], (4,), seeds=SEEDS, measure="ladder") + grid(["grpo"], (4,), task="countdown", measure="ladder")
     if name == "wapo":
         return grid(["grpo", "wapo", *WINNERS[:3]], (16,), (3e-3,), flags="--steps 48")
     if name == "second":
@@ -356,7 +384,7 @@ def named(name, lines):
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "cells", "second", "second_low")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "ladder", "cells", "second", "second_low")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------

@@ -328,58 +328,59 @@ def controls(lines):
 
 # ---- 4. WAPO -----------------------------------------------------------------------------------------------------------
 
-NAMES = {"grpo": "all cells (grpo)", "cells only=1110": "grpo without losers' valleys", "cells only=1100": "grpo, winners only",
-           "wapo": "wapo", "raft": "raft", "cells only=0011": "grpo, losers only"}
+NAMES = {"grpo": "grpo, all cells", "cells only=1110": "grpo without losers' valleys", "cells only=1100": "grpo, winners only",
+         "wapo": "wapo", "raft": "raft", "cells only=0011": "grpo, losers only"}
+NAME_COLORS = dict(zip(NAMES, ("#555555", "#66a61e", "#1f5a99", "#b0413e", "#d95f0e", "#bbbbbb")))
+LONG = ("chainsum", 3e-3, "--steps 48"), ("countdown", 3e-4, "")
 
 
 def wapo(lines):
-    out = []
-    some = runs(lines, "grpo", 2, measure="cells")
-    if some:
-        names, colors = [c.replace("pos_", "winner ").replace("neg_", "loser ") for c in CELLS], ["#2c7fb8", "#7fcdbb", "#d95f0e", "#b0413e"]
-        steps, rows = [c["step"] for c in some[0]["cells"]], []
-        fig, ax = axes(2, 13)
-        for i, step in enumerate(steps):
-            at = [x["cells"][i] for x in some]
-            scale = sum(m * p for a in at for m, p in zip(a["measured"], a["predicted"])) / sum(p * p for a in at for p in a["predicted"])
-            for c in range(4):
-                m, half = interval([1e3 * a["measured"][c] for a in at])
-                predicted = 1e3 * scale * sum(a["predicted"][c] for a in at) / len(at)
-                agree = sum(a["measured"][c] * a["predicted"][c] > 0 for a in at)
-                rows.append([step, f"{sum(a['reward'] for a in at) / len(at):.2f}", names[c],
-                             f"{100 * sum(a['share'][c] for a in at) / len(at):.1f}", pm(m, half, 2, True), f"{predicted:+.2f}", f"{agree} / {len(at)}"])
-                ax[0].bar(i + 0.2 * (c - 1.5), m, 0.18, yerr=half, color=colors[c], capsize=2, label=names[c] if not i else None)
-                ax[0].plot(i + 0.2 * (c - 1.5), predicted, "kD", ms=4, label="predicted from free logits" if not i and not c else None)
-        ax[0].axhline(0, color="black", lw=0.8)
-        ax[0].set_xticks(range(len(steps)), [f"step {s}\nreward {sum(x['cells'][i]['reward'] for x in some) / len(some):.2f}"
-                                             for i, s in enumerate(steps)])
-        ax[0].set_title(f"entropy change of one step on one cell (millinats), n = {len(some)}", fontsize=12)
-        ax[0].legend(frameon=False, fontsize=9)
-        for lr, style in ((1e-3, "-"), (3e-3, "--")):
-            for spec, color in zip(NAMES, ("#555555", "#66a61e", "#1f5a99", "#b0413e", "#d95f0e", "#bbbbbb")):
-                curves = [x["curves"]["reward"] for x in runs(lines, spec, 16, lr, flags="--steps 48", seeds=range(5))]
-                if curves and lr == 3e-3:
-                    ax[1].plot(range(1, 49), [sum(c) / len(c) for c in zip(*curves)], color=color, lw=1.8, label=NAMES[spec])
-        ax[1].set_title("reward at learning rate 3e-3, 16 updates", fontsize=12)
-        ax[1].set_xlabel("step")
-        ax[1].legend(frameon=False, fontsize=9)
-        finish(fig, "wapo")
-        out.append(table(f"WAPO 1: mean entropy change (millinats) of one plain gradient step on one cell, n = {len(some)}",
-                         ("step", "reward", "cell", "tokens (%)", "measured", "predicted", "same sign"), rows))
+    out, some = [], runs(lines, "grpo", 2, measure="cells")
+    if not some:
+        return []
+    names, colors = [c.replace("pos_", "winner ").replace("neg_", "loser ") for c in CELLS], ["#2c7fb8", "#7fcdbb", "#d95f0e", "#b0413e"]
+    steps, rows = [int(c["step"]) for c in some[0]["cells"]], []
+    fig, ax = axes(3, 15, 4.4)
+    for i, step in enumerate(steps):
+        at = [x["cells"][i] for x in some]
+        scale = sum(m * p for a in at for m, p in zip(a["measured"], a["predicted"])) / sum(p * p for a in at for p in a["predicted"])
+        for c in range(4):
+            m, half = interval([1e3 * a["measured"][c] for a in at])
+            predicted = 1e3 * scale * sum(a["predicted"][c] for a in at) / len(at)
+            agree = sum(a["measured"][c] * a["predicted"][c] > 0 for a in at)
+            rows.append([step, f"{sum(a['reward'] for a in at) / len(at):.2f}", names[c], f"{100 * sum(a['share'][c] for a in at) / len(at):.1f}",
+                         pm(m, half, 2, True), f"{predicted:+.2f}", f"{agree} / {len(at)}"])
+            ax[0].bar(i + 0.2 * (c - 1.5), m, 0.18, yerr=half, color=colors[c], capsize=2, label=names[c] if not i else None)
+            ax[0].plot(i + 0.2 * (c - 1.5), predicted, "kD", ms=4, label="predicted, free logits" if not i and not c else None)
+    ax[0].axhline(0, color="black", lw=0.8)
+    ax[0].set_xticks(range(len(steps)), [f"step {s}\nreward {sum(x['cells'][i]['reward'] for x in some) / len(some):.2f}"
+                                         for i, s in enumerate(steps)])
+    ax[0].set_title(f"entropy change by one step on one cell\n(millinats, chainsum, n = {len(some)})", fontsize=11)
+    ax[0].legend(frameon=False, fontsize=9)
+    out.append(table(f"WAPO 1: mean entropy change (millinats) of one plain gradient step on one cell, n = {len(some)}",
+                     ("step", "reward", "cell", "tokens (%)", "measured", "predicted", "same sign"), rows))
     rows = []
-    for lr in (3e-3,):
-        base = runs(lines, "grpo", 16, lr, flags="--steps 48", seeds=range(5))
+    for a, (task, lr, flags) in zip(ax[1:], LONG):
+        base = runs(lines, "grpo", 16, lr, task, flags)
         for spec in NAMES:
-            s = runs(lines, spec, 16, lr, flags="--steps 48", seeds=range(5))
-            if s:
-                best = [100 * max(x["curves"]["reward"]) for x in s]
-                rows.append([f"{lr:g}", NAMES[spec], pm(*interval(best)), pm(*interval([VALUES["final"](x) for x in s])),
-                             "" if s == base else pm(*paired(s, base, VALUES["final"])[:2], sign=True),
-                             pm(*interval([VALUES["entropy"](x) for x in s]), digits=3), f"{sum(x['collapsed'] for x in s)} / {len(s)}"])
-    if rows:
-        out.append(table("WAPO 2: 48 steps of 16 updates at high learning rates", ("lr", "what learns", "best step", "final",
-                                                                                  "Δ final vs grpo", "entropy at end", "collapsed / n"), rows))
-    return out
+            s = runs(lines, spec, 16, lr, task, flags)
+            if not s:
+                continue
+            curve = [sum(c) / len(c) for c in zip(*(x["curves"]["reward"] for x in s))]
+            smooth = [sum(curve[max(0, i - 2):i + 3]) / len(curve[max(0, i - 2):i + 3]) for i in range(len(curve))]
+            a.plot(range(1, len(curve) + 1), smooth, color=NAME_COLORS[spec], lw=1.8, label=NAMES[spec])
+            late = paired(s, base, lambda x: 100 * sum(x["curves"]["reward"][-5:]) / 5)
+            rows.append([f"{task}, lr {lr:g}", NAMES[spec], pm(*interval([VALUES["auc"](x) for x in s])),
+                         pm(*interval([VALUES["final"](x) for x in s])), *(["", ""] if spec == "grpo" else [
+                             pm(*paired(s, base, VALUES["final"])[:2], sign=True), pm(*late[:2], sign=True)]),
+                         pm(*interval([VALUES["entropy"](x) for x in s]), digits=3), f"{sum(x['collapsed'] for x in s)} / {len(s)}"])
+        a.set_title(f"reward: {task}, learning rate {lr:g}\n(16 updates, n = {len(base)}, means over five steps)", fontsize=11)
+        a.set_xlabel("step")
+        a.legend(frameon=False, fontsize=9)
+    finish(fig, "wapo")
+    return out + [table("WAPO 2: who learns, where the learning rate is too high for 16 updates",
+                        ("run", "what learns", "area", "final", "Δ final vs grpo", "Δ reward of the last 5 steps", "entropy at end",
+                         "collapsed / n"), rows)]
 
 
 def main():

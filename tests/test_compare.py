@@ -192,3 +192,17 @@ def test_intervals_and_pairing_by_brute_force():
 def test_entropy_where_the_reward_crosses_a_level():
     line = {"curves": {"reward": [0.2, 0.6, 1.0], "entropy": [1.0, 0.8, 0.4]}}
     assert plot.entropy_at(line, 0.8) == pytest.approx(0.6) and math.isnan(plot.entropy_at(line, 0.1))
+
+
+def test_the_ladder_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+    """A run with the ladder of updates beside it is the same run; more updates spread the ratio further."""
+    monkeypatch.chdir(tmp_path)
+    for measure in ("", "ladder"):
+        runs = compare.grid(["grpo"], (4,), seeds=[0], measure=measure)
+        runs[0]["flags"] = TINY.replace("--prompts 4 --samples 4", "--prompts 32 --samples 2 --lr 1e-2")
+        compare.sweep(runs, 1, tmp_path / "lines.jsonl")
+    plain, beside = lines(tmp_path)
+    assert {k: plain[k] for k in ("curves", "gradient", "spread", "width")} == {k: beside[k] for k in ("curves", "gradient", "spread", "width")}
+    second = [sum(beside["ladder"][f"grpo {k}"]["spread"][2]) for k in compare.LADDER]
+    assert second[0] < second[2] < second[4] and len(beside["ladder"]) == 10
+    assert beside["ladder"]["grpo 4"]["gradient"] == plain["gradient"]  # the rung that the run itself stands on
