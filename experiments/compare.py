@@ -392,7 +392,7 @@ NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "l
 def git_commit():
     def git(*args):
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout.strip()
-    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,glob)*.py")  # what is compared, not this file
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if dirty else "")
 
 
