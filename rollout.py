@@ -94,7 +94,7 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     if V <= 16 * CDF_BLOCK:
         cdf = p.cumsum(-1)
         return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=V - 1)
-    blocks = F.pad(p, (0, -V % CDF_BLOCK)).view(n, -1, CDF_BLOCK)
+    blocks = (F.pad(p, (0, -V % CDF_BLOCK)) if V % CDF_BLOCK else p).view(n, -1, CDF_BLOCK)
     mass = blocks.sum(-1)
     cdf = mass.cumsum(-1)
     x = u * cdf[:, -1:]
@@ -439,6 +439,10 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=0, help="0 is off")
+    parser.add_argument("--min_new_tokens", type=int, default=0)
+    parser.add_argument("--stop", nargs="*", default=(), help="texts that end the response")
+    parser.add_argument("--kv_tokens", "--kv-tokens", type=int, help="tokens the cache may hold")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from transformers import PreTrainedTokenizerFast
@@ -453,8 +457,12 @@ def main():
             sys.stdout.write(tokenizer.decode(said)[len(before):])
             sys.stdout.flush()
         generate(model, [tokenizer.encode(args.prompt)], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                 top_p=args.top_p, seed=args.seed, on_token=show)
+                 top_p=args.top_p, seed=args.seed, top_k=args.top_k, min_new_tokens=args.min_new_tokens, stop=tuple(args.stop),
+                 tokenizer=tokenizer, kv_tokens=args.kv_tokens, on_token=show)
         print()
+    except KeyboardInterrupt:
+        print(flush=True)
+        sys.exit(130)
     except (ValueError, OSError) as e:
         sys.exit(f"rollout.py: {e}")
 

@@ -1,9 +1,12 @@
 """rollout.py against a loop without cache, against the trainer's forward pass, and against the distribution itself."""
 import math
 import random
+import signal
 
 import pytest
 import torch
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rollout
 from model import Model, causal
@@ -63,24 +66,36 @@ def test_same_tokens_as_without_a_cache(family, temperature):
             assert got[2 * i + j].tokens == reference(model, p, 7, j, 30, temperature)
 
 
+@torch.no_grad()
+def at_an_edge(model, a, b, seed, index):
+    """Whether the first token in which a and b differ was drawn within 1e-5 of a CDF edge: rounding decided."""
+    t = next((t for t, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y), None)
+    if t is None:
+        return False
+    u = uniforms([request_key(a.tokens[:a.prompt_len], seed, index)], t + 1)[0, t - a.prompt_len]
+    cdf = model(torch.tensor([a.tokens[:t]]))[0, -1].double().softmax(-1).cumsum(-1)
+    return (cdf - u).abs().min() < 1e-5
+
+
 def test_every_slot_count_and_order_draws_the_same():
-    """A response is a function of (weights, prompt, seed, sample index). Other batch shapes round differently, so a token
-    may differ only where its uniform number lies within 1e-5 of a CDF edge; the count is printed and here it is 0."""
+    """A response is a function of (weights, prompt, seed, sample index). Other batch shapes round differently, so a response
+    may differ only where its uniform number lies within 1e-5 of a CDF edge; the count is printed (0 of 480 so far)."""
     model, prompts = build(), some_prompts(40)
     seeds = list(range(100, 140))
     all_at_once = generate(model, prompts, 4, 60, seed=seeds)
-    tokens, differing = sum(len(r.logp) for r in all_at_once), 0
+    tokens, pairs = sum(len(r.logp) for r in all_at_once), []
     assert tokens > 2000
     for slots, some in ((1, 5), (7, 20), (64, 40)):
         other = generate(model, prompts[:some], 4, 60, seed=seeds[:some], slots=slots)
-        differing += sum(a.tokens != b.tokens for a, b in zip(all_at_once, other))
+        pairs += [(a, b, k) for k, (a, b) in enumerate(zip(all_at_once, other))]
     order = list(range(40))
     random.Random(1).shuffle(order)
     shuffled = generate(model, [prompts[i] for i in order], 4, 60, seed=[seeds[i] for i in order])
     for k, i in enumerate(order):
-        differing += sum(a.tokens != b.tokens for a, b in zip(all_at_once[4 * i:4 * i + 4], shuffled[4 * k:4 * k + 4]))
-    print(f"{differing} responses differ over {tokens} tokens a run")
-    assert differing == 0
+        pairs += [(all_at_once[4 * i + j], shuffled[4 * k + j], 4 * i + j) for j in range(4)]
+    differing = [(a, b, k) for a, b, k in pairs if a.tokens != b.tokens]
+    print(f"{len(differing)} of {len(pairs)} responses differ, {tokens} tokens a run")
+    assert len(differing) <= 2 and all(at_an_edge(model, a, b, seeds[k // 4], k % 4) for a, b, k in differing)
     fewer = generate(model, prompts, 2, 60, seed=seeds)  # sample j does not depend on n
     assert [r.tokens for r in fewer] == [all_at_once[4 * i + j].tokens for i in range(40) for j in range(2)]
 
@@ -141,6 +156,34 @@ def test_draw_edges():
     assert seen(top_p=p[0] + p[2] - 1e-3) == {0, 2} and seen(top_p=p[0] + p[2] + 1e-3) == {0, 1, 2} and seen(top_k=2) == {0, 2}
     token, logp = draw(z, torch.tensor([0.5]), temperature=0)
     assert abs(logp.item() - math.log(p[0])) < 1e-6
+
+
+def test_a_large_vocabulary_is_searched_by_blocks():
+    """The same token as a running sum over all of it, in float64, up to rounding at an edge; never one of probability 0."""
+    g = torch.Generator().manual_seed(0)
+    for V in (1025, 4096, 5000):
+        p = torch.randn(300, V, generator=g).mul(4).softmax(-1)
+        p[:, ::3] = 0
+        p[:50, 100:900] = 0  # whole blocks
+        p[50:80, :-1] = 0  # all of it in the last token
+        p[50:80, -1] = 0.5
+        u = torch.rand(300, 1, generator=g)
+        u[::10], u[1::10] = 0, 1 - 2**-23
+        token = rollout.inverse_cdf(p, u)
+        assert (p.gather(1, token) > 0).all()
+        cdf = p.double().cumsum(-1)
+        x = u.double() * cdf[:, -1:]
+        right = cdf.gather(1, token) + 1e-6 > x
+        assert (right & (cdf.gather(1, token) - p.gather(1, token) <= x + 1e-6)).all()
+        assert (token == torch.searchsorted(cdf, x, right=True).clamp(max=V - 1)).float().mean() > 0.97
+
+
+def test_a_banned_token_that_has_all_the_probability():
+    """The rest has probability 0 in float32; it is drawn from all the same, with its true log-prob."""
+    z = torch.tensor([[300.0, 1.0, 1.0]])
+    banned = torch.tensor([[True, False, False]])
+    token, logp = draw(z, torch.tensor([0.7]), banned=banned)
+    assert token.item() == 2 and logp.item() == -299
 
 
 def test_eos_at_once_never_and_several():
@@ -211,6 +254,7 @@ def test_memory_is_what_was_asked_for(monkeypatch):
     got = generate(model, some_prompts(12, 10), 3, 20, seed=1, kv_tokens=100)
     assert len(got) == 36 and len(made) == 1 and made[0][0] * made[0][1] <= 100
     assert [r.tokens for r in got] == [r.tokens for r in generate(model, some_prompts(12, 10), 3, 20, seed=1)]
+    assert len(generate(model, [[5] * 24, [5]], 2, 20, eos_ids=[], kv_tokens=44)[1].logp) == 20  # fits to the last token
     monkeypatch.setattr(model, "body", None)  # any work would raise
     with pytest.raises(ValueError, match="needs 45 cache tokens, the budget is 44"):
         generate(model, [[5] * 25], 1, 20, kv_tokens=44)
@@ -218,7 +262,7 @@ def test_memory_is_what_was_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("call, named", [
     (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[4], [29]]), "prompt 1"), (dict(n=0), "n=0"),
-    (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(top_p=0.0), "top_p"), (dict(temperature=-1.0), "temperature"),
+    (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(slots=0), "slots=0"), (dict(top_k=-1), "top_k=-1"), (dict(top_p=0.0), "top_p"), (dict(temperature=-1.0), "temperature"),
     (dict(seed=[1, 2]), "2 seeds for 1 prompts"), (dict(stop=("x",)), "tokenizer")])
 def test_bad_requests_name_the_value(call, named):
     with pytest.raises(ValueError, match=named):
@@ -240,6 +284,14 @@ def test_interrupt_leaves_a_clean_state(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(model, prompts, 2, 20, seed=1, progress=True)
     monkeypatch.undo()
+    assert not any(b.self_attn.joined or b.mlp.joined for b in model.layers)  # no copy of the weights is left behind
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(1.5), model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    changed = generate(model, prompts, 2, 20, seed=1)
+    assert [r.tokens for r in changed] != [r.tokens for r in expected]  # the next call sees weights as they are then
+    assert (trainer_logp(model, changed[0]) - torch.tensor(changed[0].logp)).abs().max() < 5e-5
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.div_(1.5), model.layers[0].self_attn.k_proj.weight.div_(1.5)
     assert [r.tokens for r in generate(model, prompts, 2, 20, seed=1)] == [r.tokens for r in expected]
 
 
@@ -264,8 +316,80 @@ def test_quick_look_prints_the_sample(tmp_path):
     out = say(str(tmp_path / "ckpt"), "123456=", "--max_new_tokens", "12", "--seed", "3")
     expected = generate(Model.from_pretrained(tmp_path / "ckpt"), [tokenizer.encode("123456=")], 1, 12, seed=3)[0]
     assert out.stdout == tokenizer.decode(expected.tokens[7:]) + "\n"
-    bad = say(str(tmp_path / "nowhere"), "1")
-    assert bad.returncode != 0 and bad.stderr.strip().count("\n") == 0 and "no such directory" in bad.stderr
+    for bad, named in ((say(str(tmp_path / "nowhere"), "1"), "no such directory"),
+                       (say(str(tmp_path / "ckpt"), "12=", "--kv-tokens", "20"), "the budget is 20"),
+                       (say(str(tmp_path / "ckpt"), "12=", "--temperature", "-1"), "temperature=-1")):
+        assert bad.returncode != 0 and bad.stderr.strip().count("\n") == 0 and named in bad.stderr
+    # streaming, and Ctrl-C: the first characters come while it still samples, then it ends without a traceback
+    long = subprocess.Popen([sys.executable, "rollout.py", str(tmp_path / "ckpt"), "1=", "--max_new_tokens", "200000",
+                             "--kv-tokens", "300000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert long.stdout.read(3)
+        long.send_signal(signal.SIGINT)
+        _, err = long.communicate(timeout=60)
+    finally:
+        long.kill()
+    assert long.returncode == 130 and not err
+
+
+# ---- The captured step, with a stand-in for CUDA graphs ----
+
+class Recorded(TorchDispatchMode):
+    """A graph as CUDA records it: every kernel with the very tensors and numbers of that one run. replay() runs them again
+    on the same memory, so whatever a step takes from Python between replays is frozen."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.ops = []
+        with self:
+            step()
+        self.just_run = True  # CUDA records without running, this ran: the first replay is that run
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        self.ops.append((op, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        if not self.just_run:
+            for op, args, kwargs, result in self.ops:
+                for old, new in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (result, op(*args, **kwargs)))):
+                    if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # neither in place nor a view
+                        old.copy_(new)
+        self.just_run = False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_captured_step_draws_the_same(family, monkeypatch):
+    """As on CUDA: bucketed row counts, each shape captured at its fourth step, replays that see only static buffers."""
+    model, prompts, graphs = build(family), some_prompts(30), []
+    for kw in (dict(), dict(slots=7), dict(top_p=0.9, min_new_tokens=3), dict(temperature=0, top_k=3)):
+        expected = generate(model, prompts, 3, 60, seed=2, **kw)
+        with monkeypatch.context() as m:
+            real = rollout.Decoder.__init__
+            m.setattr(rollout.Decoder, "__init__", lambda self, *a: (real(self, *a), setattr(self, "pool", "pool"))[0])
+            m.setattr(rollout, "capture", lambda step, pool: (graphs.append(Recorded(step)), graphs[-1])[1])
+            assert [r.tokens for r in generate(model, prompts, 3, 60, seed=2, **kw)] == [r.tokens for r in expected]
+    assert len(graphs) > 8
+
+
+def test_a_step_never_waits_for_the_host_and_has_fixed_shapes(monkeypatch):
+    """What a CUDA graph cannot hold: reads of a value by the host, and results whose size depends on values."""
+    seen = set()
+    monkeypatch.setattr(rollout.Decoder, "run", lambda self, n, longest, slots: seen.update(
+        op[0].overloadpacket.__name__ for op in Recorded(lambda: self.step(n, longest)).ops))
+    for kw in (dict(), dict(top_p=0.9, top_k=4, min_new_tokens=3), dict(temperature=0)):
+        with pytest.raises(RuntimeError, match="enough"):
+            steps = iter(range(5))
+            real = rollout.Decoder.run
+            monkeypatch.setattr(rollout.Decoder, "run", lambda *a: next(steps, None) is None and enough() or real(*a))
+            generate(build(), some_prompts(6), 2, 30, **kw)
+    assert {"mm", "baddbmm", "_softmax", "put_"} <= seen
+    assert not seen & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}
+
+
+def enough():
+    raise RuntimeError("enough")
 
 
 # ---- flash-attn's call sites, with a plain-torch stand-in of its documented signatures and semantics ----
@@ -317,6 +441,47 @@ def test_the_flash_attn_paths_give_the_same(family, monkeypatch):
     assert [r.tokens for r in plain[0]] == [r.tokens for r in flash[0]]
     assert torch.allclose(plain[1], flash[1], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain[2], flash[2]))
+
+
+def fake_torch_flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, seqused_k):
+    """aten._flash_attention_forward: packed (total,H,d), sequence b's keys start at cu_k[b], seqused_k[b] of them count."""
+    assert cu_q.dtype == cu_k.dtype == seqused_k.dtype == torch.int32 and max_q == 1 and not is_causal and dropout_p == 0
+    assert k.is_contiguous() and len(cu_q) == len(cu_k) == len(q) + 1 == len(seqused_k) + 1 and cu_k[-1] == len(k)
+    assert max_k == cu_k[1] and seqused_k.max() <= max_k
+    out, repeat = torch.empty_like(q), q.shape[1] // k.shape[1]
+    for b, n in enumerate(seqused_k.tolist()):
+        K, V = (x[cu_k[b]:cu_k[b] + n].repeat_interleave(repeat, 1).transpose(0, 1) for x in (k, v))
+        s = q[b][:, None] @ K.transpose(1, 2) * q.shape[-1] ** -0.5
+        out[b] = (s.softmax(-1) @ V)[:, 0]
+    return out, None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_path_through_pytorchs_own_flash_kernel_gives_the_same(family, monkeypatch):
+    model, prompts = build(family), some_prompts(12)
+    plain = generate(model, prompts, 3, 40, seed=2, slots=7)
+    monkeypatch.setattr(rollout, "decode_kernel", lambda *_: "torch flash")
+    monkeypatch.setattr(rollout, "torch_flash", fake_torch_flash)
+    assert [r.tokens for r in generate(model, prompts, 3, 40, seed=2, slots=7)] == [r.tokens for r in plain]
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_draw_what_eager_steps_draw(monkeypatch):
+    """bfloat16 on CUDA, same kernels and shapes with and without capture: the same tokens."""
+    model, prompts = build().to("cuda", torch.bfloat16), some_prompts(40)
+    graphs = generate(model, prompts, 4, 100, seed=2)
+    monkeypatch.setattr(rollout, "GRAPH_AFTER", 10**9)
+    assert [r.tokens for r in generate(model, prompts, 4, 100, seed=2)] == [r.tokens for r in graphs]
+
+
+@pytest.mark.gpu
+def test_gpu_decoding_kernel_against_float32():
+    """Whatever attends to the cache on this machine: recorded log-probs against the trainer's in float32 on the CPU."""
+    model = build("qwen2")
+    on_gpu, gaps = build("qwen2").to("cuda", torch.bfloat16), []
+    for r in generate(on_gpu, some_prompts(20), 4, 100, seed=3):
+        gaps.append((trainer_logp(model, r) - torch.tensor(r.logp)).abs())
+    assert torch.cat(gaps).mean() < 0.05
 
 
 @pytest.mark.gpu
