@@ -284,7 +284,8 @@ SHARED = {"countdown": 100}  # all seeds start from the warm start of this one: 
 TABLE = ["grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo"]
 WINNERS = ["raft", "cells only=1100", "cells only=1110", "cells only=0011"]  # GRPO on winners, without losers' valleys, on losers
 EXTRA = ["unclipped", "gspo eps_low=0.03 eps_high=0.04"]  # GSPO's constants are for responses of thousands of tokens
-LRS, SEEDS, TUNING = (3e-4, 1e-3, 3e-3), range(8), (100, 101)  # no tuning seed is in a table
+LRS = {2: (3e-4, 1e-3, 3e-3), 16: (1e-4, 3e-4, 1e-3, 3e-3)}  # by updates per rollout
+SEEDS, TUNING = range(8), (100, 101)  # no tuning seed is in a table
 WIDTHS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 DELTAS = {"kl3": (0.01, 0.02, 0.04, 0.1), "kl": (0.0005, 0.002, 0.008, 0.03), "tv": (0.01, 0.03, 0.06, 0.12)}
 
@@ -333,7 +334,7 @@ def tuning(lines, spec, updates, lr, task="chainsum"):
 
 def tuned(lines, spec, updates, task="chainsum"):
     """The learning rate with the largest mean area under the reward curve on the tuning seeds."""
-    return max(LRS, key=lambda lr: mean(tuning(lines, spec, updates, lr, task), "auc"))
+    return max(LRS[updates], key=lambda lr: mean(tuning(lines, spec, updates, lr, task), "auc"))
 
 
 def matched(lines, updates=16, lr=3e-4):
@@ -361,7 +362,7 @@ def named(name, lines):
     if name == "common":  # one learning rate for all
         return grid(TABLE + EXTRA + WINNERS, seeds=SEEDS)
     if name == "lr":
-        return grid(TABLE, (2, 16), LRS, TUNING)
+        return [r for k, lrs in LRS.items() for r in grid(TABLE, (k,), lrs, TUNING)]
     if name == "scan":
         return grid([f"grpo eps_low={w:g} eps_high={w:g}" for w in WIDTHS] +
                     [f"trust kind={k} delta={d:g}" for k, ds in DELTAS.items() for d in ds], seeds=TUNING)
@@ -372,19 +373,21 @@ def named(name, lines):
     if name == "acpo":
         return grid(["grpo", "acpo"], LADDER)
     if name == "ladder":
-        return grid(["grpo"], (4,), seeds=SEEDS, measure="ladder") + grid(["grpo"], (4,), task="countdown", measure="ladder")
-    if name == "wapo":
-        return grid(["grpo", "wapo", *WINNERS[:3]], (16,), (3e-3,), flags="--steps 48")
+        return grid(["grpo"], (4,), seeds=SEEDS, measure="ladder") + grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
+    if name == "hot":  # a learning rate that is too high for 16 updates: who holds out?
+        return grid(TABLE + ["unclipped", *WINNERS[:3]], lrs=(1e-3,))
     if name == "second":
-        return grid(TABLE + ["unclipped", *WINNERS[:3]], task="countdown")
+        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", "dapo", *WINNERS[1:3]], task="countdown")
+    if name == "second_rest":
+        return grid(["etr", "sapo", "gppo", "gspo", "unclipped", "raft"], task="countdown")
     if name == "second_low":
-        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo"], lrs=(1e-4,), task="countdown")
+        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", "dapo"], lrs=(1e-4,), task="countdown")
     if name == "cells":
         return grid(["grpo"], (2,), seeds=SEEDS, measure="cells")
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "wapo", "ladder", "cells", "second", "second_low")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "second", "second_rest", "second_low")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------
