@@ -1,7 +1,8 @@
 """Speed as a ratio, in one process, alternating, against transformers on the same random weights and the same lengths.
 
     python experiments/bench.py model      # forward + backward of a training batch: tokens/s and peak memory
-    python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s
+    python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s [shape ...]
+    python experiments/bench.py mismatch   # log-probs of the sampler against those of the trainer, float32 and bfloat16
     python experiments/bench.py train      # a whole GRPO step against TRL's GRPOTrainer, CPU (experiments/requirements.txt)
     python experiments/bench.py rewards    # graders: milliseconds a response, responses/s of the pool (no peer)
 
@@ -23,6 +24,7 @@ import torch
 import transformers
 
 from model import Config, Model, attention_kernel
+import rollout
 from rollout import generate
 
 CUDA = torch.cuda.is_available()
@@ -152,14 +154,59 @@ def matmul_rate():
     return 2 * 8192**3 / statistics.median(seconds)
 
 
-def bench_rollout():
-    """32 prompts x 8 samples. Uniform: 64 tokens each. RL-shaped: an EOS that makes lengths geometric, the cap 4 to 8 times
-    the mean; only tokens up to the EOS count. transformers draws its own samples: same distribution, other numbers."""
+def roofline(shape, rows, context):
+    """Tokens/s of decoding if a step did nothing but read weights, cache and logits, or multiply, at the H200's measured
+    4.3 TB/s and 790 TFLOP/s; production engines reach 73 % of it."""
+    hidden, mlp, layers, heads, kv, vocab = shape
+    weights = layers * (2 * hidden * hidden + 2 * hidden * hidden * kv // heads + 3 * hidden * mlp) + vocab * hidden
+    cache = 2 * layers * hidden * kv // heads * 2  # bytes a token
+    seconds = max(2 * weights * rows / 790e12, 2 * weights / 4.3e12) + rows * (context * cache + vocab * 16) / 4.3e12
+    return rows / seconds
+
+
+def time_shares(run):
+    """Where the time of one run goes: {part: share}. Attention includes the writes to the cache, sampling ends with the
+    token's log-prob; other is norms, rotary, activations, bookkeeping and the calls themselves."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+    real_draw, real_decode = rollout.draw, rollout.Cache.decode
+
+    def draw(*args):
+        with record_function("sampling"):
+            return real_draw(*args)
+
+    def decode(*args):
+        inner = real_decode(*args)
+
+        def attend(*qkv):
+            with record_function("attention"):
+                return inner(*qkv)
+        return attend
+    try:
+        rollout.draw, rollout.Cache.decode = draw, decode
+        with profile(activities=[ProfilerActivity.CPU]) as p:
+            t = time.process_time()
+            run()
+            t = time.process_time() - t
+    finally:
+        rollout.draw, rollout.Cache.decode = real_draw, real_decode
+    events = {e.key: e for e in p.key_averages()}
+    parts = {"matmul": sum(events[k].self_cpu_time_total for k in ("aten::mm", "aten::addmm") if k in events),
+             **{k: events[k].cpu_time_total for k in ("attention", "sampling")}}
+    return {k: round(v / 1e6 / t, 2) for k, v in parts.items()} | {"other": round(1 - sum(parts.values()) / 1e6 / t, 2)}
+
+
+def bench_rollout(*only):
+    """P prompts x 8 samples. Uniform: as many tokens each. RL-shaped: an EOS that makes lengths geometric, the cap 4 to 8
+    times the mean; only tokens up to the EOS count. transformers draws its own samples: same distribution, other numbers.
+    It runs with each of its caches, and the ratio is against the best of them."""
     rows = []
+    P, length, uniform, cap, mean, repeats = (20, 512, 1024, 2048, 400, 1) if CUDA else (32, 16, 64, 192, 32, 3)
     for name, shape in (GPU_SHAPES if CUDA else SHAPES).items():
+        if only and name not in only:
+            continue
         ours, theirs = pair(shape)
         vocab, g = shape[-1], torch.Generator().manual_seed(0)
-        prompts = torch.randint(1, vocab, (32, 16), generator=g)
+        prompts = torch.randint(1, vocab, (P, length), generator=g)
         batch = prompts.repeat_interleave(8, 0).to(DEVICE)
         useful = {}
 
@@ -167,23 +214,72 @@ def bench_rollout():
             out = generate(ours, prompts.tolist(), 8, cap, eos_ids=eos, seed=1)
             useful["ours"] = sum(len(r.logp) for r in out)
 
+        def count(name, responses, eos):  # tokens up to and with the first EOS
+            useful[name] = sum(next((t + 1 for t, x in enumerate(r) if x in eos), len(r)) for r in responses)
+
         def hf(cap, eos, cache):
             torch.manual_seed(1)
             out = theirs.generate(batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=cap,
-                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=cache)[:, 16:]
-            done = torch.isin(out, torch.tensor(eos, device=out.device)).int().cumsum(1) if eos else torch.zeros_like(out)
-            useful[cache or "dynamic"] = int((done - torch.isin(out, torch.tensor(eos, device=out.device)).int() < 1).sum()) \
-                if eos else out.numel()
-        eos = list(range(1, 1 + max(1, round(vocab / 32))))  # one word in 32 ends it: mean length about 32
-        for case, cap, stop in (("uniform 64", 64, []), ("RL-shaped, cap 192", 192, eos)):
-            runs = {"ours": lambda: mine(cap, stop), "dynamic": lambda: hf(cap, stop, None)}
-            if not stop:
-                runs["static"] = lambda: hf(cap, stop, "static")
-            seconds = alternate(runs, 3)
+                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=cache)
+            count(cache or "dynamic", out[:, length:].tolist(), set(eos))
+
+        def hf_continuous(cap, eos):
+            config = transformers.GenerationConfig(do_sample=True, max_new_tokens=cap, top_k=0, eos_token_id=eos or -1,
+                                                   pad_token_id=0)
+            out = theirs.generate_batch(batch.tolist(), generation_config=config, progress_bar=False)
+            count("continuous", [r.generated_tokens for r in out.values()], set(eos))
+        some = list(range(1, 1 + max(1, round(vocab / mean))))  # one word in `mean` ends it
+        for case, cap, eos in ((f"uniform {uniform}", uniform, []), (f"RL-shaped, cap {cap}", cap, some)):
+            runs = {"ours": lambda: mine(cap, eos), "dynamic": lambda: hf(cap, eos, None),
+                    "static": lambda: hf(cap, eos, "static")}
+            if CUDA:
+                runs["continuous"] = lambda: hf_continuous(cap, eos)
+            seconds = alternate(runs, repeats)
             seconds = {k: [t / useful[k] for t in v] for k, v in seconds.items()}  # per useful token
-            rows.append(row(f"{name} {case}", seconds, 1) | {"useful": dict(useful), "mean_length": round(useful["ours"] / 256, 1)})
+            out = row(f"{name} {case}", seconds, 1) | {"useful": dict(useful), "mean_length": round(useful["ours"] / P / 8, 1)}
+            if CUDA:
+                out["roofline"] = round(out["ours"] / roofline(shape, P * 8, length + useful["ours"] / P / 16), 3)
+                print(f"{'':26s} share of the decode roofline {out['roofline']}", flush=True)
+            else:
+                out["time"] = time_shares(runs["ours"])
+                print(f"{'':26s} our time: {out['time']}", flush=True)
+            rows.append(out)
         del ours, theirs
     return rows
+
+
+PUBLIC_MISMATCH = {  # sampler against trainer, bfloat16, as the sources report it
+    "vLLM vs FSDP, Qwen3-8B (torchtitan docs/bitwise_parity.md)": "KL up to 0.0084, worst token 1.56",
+    "SGLang vs trainer (slime, Miles recipes)": "mean 0.02 is normal",
+    "engines vs trainers, dense models (literature)": "KL 4e-4 to 1e-2",
+    "vLLM vs FSDP, Qwen2.5-32B (Yao et al. 2025)": "worst difference of a probability 1.0"}
+
+
+def bench_mismatch(*only):
+    """log p of every sampled token, as the sampler recorded it (cached decoding) and as the trainer computes it (packed)."""
+    rows = []
+    for name, shape in (GPU_SHAPES if CUDA else SHAPES).items():
+        for dtype in () if only and name not in only else (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16):
+            model = pair(shape)[0].to(dtype)
+            prompts = torch.randint(1, shape[-1], (32, 16), generator=torch.Generator().manual_seed(0)).tolist()
+            rollouts = generate(model, prompts, 8, 64, eos_ids=[], seed=1)
+            trainer = []
+            for i in range(0, len(rollouts), 64):
+                batch = rollouts[i:i + 64]
+                ids = torch.tensor([t for r in batch for t in r.tokens], device=DEVICE)
+                targets = torch.tensor([t for r in batch for t in [-1] * (r.prompt_len - 1) + r.tokens[r.prompt_len:] + [-1]])
+                with torch.no_grad():
+                    trainer.append(model(ids, [len(r.tokens) for r in batch], targets.to(DEVICE))[0].double().cpu())
+            theirs, mine = torch.cat(trainer), torch.tensor([x for r in rollouts for x in r.logp], dtype=torch.double)
+            d = theirs - mine
+            out = {"case": f"{name} {str(dtype).removeprefix('torch.')}", "tokens": len(d), "mean": d.abs().mean().item(),
+                   "worst": d.abs().max().item(), "worst_p": (theirs.exp() - mine.exp()).abs().max().item(),
+                   "k3_kl": (d.exp() - 1 - d).mean().item(), "entropy": -mine.mean().item()}
+            print("  ".join(f"{k} {v:.2g}" if isinstance(v, float) else str(v) for k, v in out.items()), flush=True)
+            rows.append(out)
+    for source, figures in PUBLIC_MISMATCH.items():
+        print(f"{source}: {figures}")
+    return rows + [{"case": k, "public": v} for k, v in PUBLIC_MISMATCH.items()]
 
 
 TRAIN_CASES = {  # prompts x samples x longest response; one word in `stop` ends a response (0: none does)
@@ -315,7 +411,7 @@ def bench_rewards():
 
 
 if __name__ == "__main__":
-    benches = {"model": bench_model, "rollout": bench_rollout, "train": bench_train, "rewards": bench_rewards}
+    benches = {"model": bench_model, "rollout": bench_rollout, "mismatch": bench_mismatch, "train": bench_train, "rewards": bench_rewards}
     what = sys.argv[1] if len(sys.argv) > 1 else ""
     if what == "peak":
         print(peak_here(*sys.argv[2:]))
@@ -324,9 +420,11 @@ if __name__ == "__main__":
         sys.exit(f"bench.py: {what!r} is none of {', '.join(benches)}")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = benches[what]()
+    rows = benches[what](*sys.argv[2:])
     path = Path(__file__).parent / f"results/bench_{what}_{DEVICE}.json"
     path.parent.mkdir(exist_ok=True)
+    if len(sys.argv) > 2 and path.exists():  # some of the cases again: the others stay
+        rows = [r for r in json.loads(path.read_text())["rows"] if r["case"] not in {x["case"] for x in rows}] + rows
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
     path.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__,
                                 "rows": rows}, indent=1))
