@@ -34,13 +34,13 @@ SHAPES = {  # hidden, mlp, layers, heads, kv heads, vocabulary
 GPU_SHAPES = {"3B": (2048, 11008, 36, 16, 2, 151936), "7B": (3584, 18944, 28, 28, 4, 152064)}
 
 
-def pair(shape):
-    """(ours, theirs): one Qwen2 of random weights, twice; sharp enough (std 0.1) that sampling is not uniform."""
+def pair(shape, std=0.1):
+    """(ours, theirs): one Qwen2 of random weights, twice; at std 0.1 sharp enough that sampling is not uniform."""
     hidden, mlp, layers, heads, kv, vocab = shape
     config = transformers.Qwen2Config(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, vocab_size=vocab,
                                       num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True,
                                       max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-                                      initializer_range=0.02 if CUDA else 0.1)
+                                      initializer_range=0.02 if CUDA else std)
     torch.manual_seed(0)
     with torch.device(DEVICE):
         theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
@@ -282,18 +282,19 @@ def bench_mismatch(*only):
     return rows + [{"case": k, "public": v} for k, v in PUBLIC_MISMATCH.items()]
 
 
-TRAIN_CASES = {  # prompts x samples x longest response; one word in `stop` ends a response (0: none does)
-    "h64v32 48 tokens": ("h64v32", 48, 0), "h128v64 48 tokens": ("h128v64", 48, 0), "h256v4096 48 tokens": ("h256v4096", 48, 0),
-    "h64v32 RL-shaped, cap 192": ("h64v32", 192, 32), "h128v64 RL-shaped, cap 256": ("h128v64", 256, 64)}
+TRAIN_CASES = {  # shape, longest response, whether a word ends it; TRL's fastest setting: rows of a micro-batch, kind of cache
+    "h64v32 48 tokens": ("h64v32", 48, False, 256, None), "h128v64 48 tokens": ("h128v64", 48, False, 64, "static"),
+    "h256v4096 48 tokens": ("h256v4096", 48, False, 32, None), "h64v32 RL-shaped, cap 192": ("h64v32", 192, True, 64, None),
+    "h128v64 RL-shaped, cap 256": ("h128v64", 256, True, 64, None)}
 
 
-def bench_train(only="", settings=({"rows": 64}, {"rows": 256}, {"rows": 64, "cache": "static"}), steps=3):
-    """CPU seconds of one step, 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
-    train.sample and train.learn as they stand; theirs is TRL's GRPOTrainer.train(), step by step in turn with ours, from
-    the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or bf16, no second log-prob
-    pass (one update per rollout), its fused head, generation of all 256 rows at once; of `settings` (rows per micro-batch
-    and kind of cache) the fastest counts. Ours: micro-batches of 4,096 tokens. Both sample their own responses, from the
-    same distribution: `length` has the means, and `per_token` the ratio per sampled token."""
+def bench_train(steps=3):
+    """CPU seconds of a step of 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
+    train.sample and train.learn as they stand, micro-batches of 2,048 tokens; theirs is TRL's GRPOTrainer.train(), step by
+    step in turn with ours, from the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or
+    bf16, no second log-prob pass, its fused head, all 256 rows generated at once; of 32, 64 and 256 rows a micro-batch and
+    dynamic or static cache, what was fastest per case. RL-shaped: one word in V ends a response (lengths geometric, mean V).
+    Each samples for itself, from the same distribution: `length` has the mean lengths, `per_token` the ratio per token."""
     import tempfile
     import warnings
 
@@ -304,83 +305,66 @@ def bench_train(only="", settings=({"rows": 64}, {"rows": 256}, {"rows": 64, "ca
     import data
     import train
     warnings.filterwarnings("ignore", category=FutureWarning)
-    P, n, prompt = 32, 8, 16
-    out = []
-    for case, (name, cap, stop) in TRAIN_CASES.items():
-        if only not in case:
-            continue
+    P, n, out = 32, 8, []
+
+    def grade(text):  # of no use, and the same for both: there is something to learn from in every group
+        return len(set(text.split())) % 7 / 6
+
+    for case, (name, cap, ends, micro, cache) in TRAIN_CASES.items():
         vocab = SHAPES[name][-1]
-        eos = 1 if stop else vocab + 1  # without `stop` no model can say it: both sides run to the cap
-        words = {("w%d" % i): i for i in range(vocab + 2)}
-        base = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token="w0", eos_token="w%d" % eos)
-        g = torch.Generator().manual_seed(0)
-        prompts = torch.randint(2, vocab, (P * (steps + 1), prompt), generator=g).tolist()
-        texts = [tokenizer.decode(p) for p in prompts]
+        ours, theirs = pair(SHAPES[name], 0.02)
+        eos = 1 if ends else vocab  # the model cannot say `vocab`: both sides run to the cap
+        ours.config.raw["eos_token_id"] = theirs.generation_config.eos_token_id = eos
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab + 1)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token=f"w{eos}")
+        prompts = torch.randint(2, vocab, (P * (steps + 1), 16), generator=torch.Generator().manual_seed(0)).tolist()
+        problems = [(data.Problem(text, {}, ""), text, p) for p, text in zip(prompts, tokenizer.batch_decode(prompts))]
+        seconds, length = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}
+        cfg = train.Config(loss="grpo", prompts=P, samples=n, updates=1, max_new_tokens=cap, lr=1e-6, tokens_per_microbatch=2048)
+        optimizer = torch.optim.AdamW(ours.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
-        def grade(text):  # of no use, and the same for both: there is something to learn from in every group
-            return len(set(text.split())) % 7 / 6
+        def our_step(i):
+            rows = train.sample(ours, problems[i * P:(i + 1) * P], range(i * P, (i + 1) * P), n, cfg, tokenizer,
+                                lambda items: [(grade(text), "ok") for _, text, _ in items])
+            train.learn(ours, None, optimizer, rows, cfg)
+            length["ours"].append(statistics.mean(r.length for r in rows))
 
-        def mine(ours):
-            """A function that makes one step and returns the mean response length."""
-            ours.config.raw["eos_token_id"] = eos
-            cfg = train.Config(loss="grpo", prompts=P, samples=n, updates=1, max_new_tokens=cap, lr=1e-6, tokens_per_microbatch=4096)
-            optimizer = torch.optim.AdamW(ours.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-            problems = [(data.Problem(t, {}, ""), t, p) for t, p in zip(texts, prompts)]
+        def reward(completions, completion_ids, **_):
+            length["TRL"].append(statistics.mean(map(len, completion_ids)))
+            return [grade(text) for text in completions]
 
-            def step(i):
-                rows = train.sample(ours, problems[i * P:(i + 1) * P], range(i * P, (i + 1) * P), n, cfg, tokenizer,
-                                    lambda items: [(grade(text), "ok") for _, text, _ in items])
-                train.learn(ours, None, optimizer, rows, cfg)
-                return sum(r.length for r in rows) / len(rows)
-            return step
+        class Turns(transformers.TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):  # of the first step: TRL is set up by now
+                self.t = self.t if seconds["TRL"] else clock()
 
-        def race(rows, cache=None):
-            """{"ours", "TRL": seconds of each step, "length": mean lengths of each}, the warm-up step left out."""
-            ours, theirs = pair(SHAPES[name])
-            theirs.generation_config.eos_token_id = eos
-            step, seconds, length = mine(ours), {"ours": [], "TRL": []}, {"ours": [], "TRL": []}
+            def on_step_end(self, args, state, control, **kwargs):
+                seconds["TRL"].append(clock() - self.t)
+                t = clock()
+                our_step(state.global_step - 1)
+                seconds["ours"].append(clock() - t)
+                self.t = clock()
 
-            class Turns(transformers.TrainerCallback):
-                def on_step_begin(self, *args, **kwargs):  # the first one: TRL is set up by now
-                    self.t = self.t if seconds["TRL"] else clock()
-
-                def on_step_end(self, args, state, *rest, **kwargs):
-                    seconds["TRL"].append(clock() - self.t)
-                    t = clock()
-                    length["ours"].append(step(state.global_step - 1))
-                    seconds["ours"].append(clock() - t)
-                    self.t = clock()
-
-            def reward(completions, completion_ids, **kwargs):
-                length["TRL"].append(sum(map(len, completion_ids)) / len(completion_ids))
-                return [grade(text) for text in completions]
-            with tempfile.TemporaryDirectory() as where:
-                config = GRPOConfig(
-                    where, max_steps=steps + 1, per_device_train_batch_size=rows, gradient_accumulation_steps=P * n // rows,
-                    steps_per_generation=P * n // rows, num_generations=n, max_completion_length=cap, beta=0.0, num_iterations=1,
-                    loss_type="grpo", learning_rate=1e-6, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.01,
-                    temperature=1.0, shuffle_dataset=False, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
-                    logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, cache_implementation=cache)
-                trainer = GRPOTrainer(theirs, reward, config, datasets.Dataset.from_dict({"prompt": texts}),
-                                      processing_class=tokenizer, callbacks=[Turns()])
-                trainer.remove_callback(transformers.PrinterCallback)
-                trainer.train()
-            assert len(seconds["TRL"]) == steps + 1, "TRL made other steps than it was asked for"
-            return {k: v[1:] for k, v in seconds.items()}, {k: statistics.mean(v[1:]) for k, v in length.items()}
-
-        best = None
-        for setting in settings:
-            seconds, length = race(**setting)
-            ours, theirs = (statistics.median(seconds[k]) for k in ("ours", "TRL"))
-            ratios = [b / a for a, b in zip(seconds["ours"], seconds["TRL"])]
-            print(f"{case:28s} {setting}: ours {ours:.2f} s, TRL {theirs:.2f} s, ratio {theirs / ours:.2f}, lengths {length}", flush=True)
-            if best is None or theirs < best["TRL"]:
-                best = {"case": case, "TRL_setting": setting, "ours": ours, "TRL": theirs, "ratio": round(statistics.median(ratios), 2),
-                        "spread": [round(min(ratios), 2), round(max(ratios), 2)], "length": length,
-                        "per_token": round(theirs / length["TRL"] / ours * length["ours"], 2)}
-        out.append(best | {k: round(best[k], 3) for k in ("ours", "TRL")} | {"length": {k: round(v, 1) for k, v in best["length"].items()}})
+        with tempfile.TemporaryDirectory() as aside:
+            config = GRPOConfig(
+                aside, max_steps=steps + 1, per_device_train_batch_size=micro, gradient_accumulation_steps=P * n // micro,
+                num_generations=n, max_completion_length=cap, beta=0.0, num_iterations=1, loss_type="grpo", temperature=1.0,
+                learning_rate=cfg.lr, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.01, shuffle_dataset=False,
+                gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], logging_strategy="no", eval_strategy="no",
+                save_strategy="no", disable_tqdm=True, cache_implementation=cache)
+            texts = datasets.Dataset.from_dict({"prompt": [text for _, text, _ in problems]})
+            trainer = GRPOTrainer(theirs, reward, config, texts, processing_class=tokenizer, callbacks=[Turns()])
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        assert len(seconds["TRL"]) == len(length["TRL"]) == steps + 1, "TRL made other steps than it was asked for"
+        median = {k: round(statistics.median(v[1:]), 3) for k, v in seconds.items()}  # without the warm-up
+        length = {k: round(statistics.mean(v[1:]), 1) for k, v in length.items()}
+        ratios = [b / a for a, b in zip(seconds["ours"][1:], seconds["TRL"][1:])]
+        ratio = statistics.median(ratios)
+        out.append({"case": case, **median, "ratio": round(ratio, 2), "spread": [round(min(ratios), 2), round(max(ratios), 2)],
+                    "length": length, "per_token": round(ratio * length["ours"] / length["TRL"], 2),
+                    "TRL_rows": micro, "TRL_cache": cache or "dynamic"})
+        print(out[-1], flush=True)
     return out
 
 
