@@ -209,8 +209,8 @@ def cell_entropies(model, rows, cfg, norm=0.02):
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
 
-def short(x):
-    return None if x is None else float(f"{x:.4g}")
+def short(x, digits=4):
+    return None if x is None else float(f"{x:.{digits}g}")
 
 
 def collapsed(reward) -> bool:
@@ -253,8 +253,8 @@ def one_run(run, commit, results, errors):
             "ladder": {k: {"gradient": rows(v["gradient"]), "spread": rows(v["spread"]), "band": [short(b) for b in v["band"]]}
                        for k, v in seen["ladder"].items()},
             "band": [short(sum(m[f"eps_bin{b}"] for m in lines[:EARLY]) / EARLY) for b in range(BINS)] if "eps_bin0" in lines[0] else None,
-            **{c: [short(sum(m[c] for m in lines) / len(lines))] for c in CELLS},
-            "curves": {k: [None if m[k] is None else float(f"{m[k]:.3g}") for m in lines] for k in CURVES}}
+            **{c: short(sum(m[c] for m in lines) / len(lines)) for c in CELLS},
+            "curves": {k: [short(m[k], 3) for m in lines] for k in CURVES}}
     append(line, results)
 
 
@@ -297,27 +297,22 @@ def grid(specs, updates=(16,), lrs=(3e-4,), seeds=range(5), task="chainsum", fla
 
 
 def mean(lines, what):
-    """Mean over lines of a whole run's clip rate, KL (approx_kl), or of a field."""
-    c = [line["curves"] for line in lines]
-    values = ([sum(x["clip_low"]) + sum(x["clip_high"]) for x in c] if what == "clip" else
-              [sum(x["approx_kl"]) for x in c] if what == "kl" else [line[what] for line in lines])
-    values = [v / len(x["reward"]) for v, x in zip(values, c)] if what in ("clip", "kl") else values
-    return sum(values) / len(values)
+    """Mean over lines of a field, or of a whole run's clip rate ("clip") or KL of new and old policy ("kl")."""
+    def value(line):
+        c = line["curves"]
+        total = {"clip": ("clip_low", "clip_high"), "kl": ("approx_kl",)}.get(what)
+        return sum(sum(c[k]) for k in total) / len(c["reward"]) if total else line[what]
+    return sum(map(value, lines)) / len(lines)
 
 
 def match(scan, what, target):
-    """The parameter at which `what` reaches target, between the points of scan {parameter: lines}, straight in log-log, the
-    ends held; points without any `what` do not count."""
+    """The parameter at which `what` comes nearest to target, between the points of scan {parameter: lines}, straight in
+    log-log; points without any `what` do not count."""
     points = sorted((math.log(mean(lines, what)), math.log(x)) for x, lines in scan.items() if mean(lines, what) > 0)
     y = math.log(max(target, 1e-12))
-    if y <= points[0][0] or y >= points[-1][0]:
-        return short3(math.exp(points[0][1] if y <= points[0][0] else points[-1][1]))
+    y = min(max(y, points[0][0]), points[-1][0])
     (y0, x0), (y1, x1) = next((a, b) for a, b in zip(points, points[1:]) if a[0] <= y <= b[0])
-    return short3(math.exp(x0 + (x1 - x0) * (y - y0) / (y1 - y0)))
-
-
-def short3(x):
-    return float(f"{x:.3g}")
+    return short(math.exp(x0 + (x1 - x0) * (y - y0) / (y1 - y0)), 3)
 
 
 def pick(lines, **want):
@@ -347,7 +342,7 @@ def matched(lines, updates=16, lr=3e-4):
     for name in ("acpo", "etr", "kl3"):
         dual = " dual_clip=3" if name == "acpo" else ""
         out[f"{name}: same clip rate"] = band(match(fixed, "clip", mean(at(name), "clip")), dual)
-        out[f"{name}: same width"] = band(short3(mean(at(name), "width")), dual)
+        out[f"{name}: same width"] = band(short(mean(at(name), "width"), 3), dual)
     out["kl3: same KL"] = band(match(fixed, "kl", mean(at("kl3"), "kl")))
     goal = mean(at(band(0.2)), "clip")
     for kind, deltas in DELTAS.items():

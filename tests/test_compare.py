@@ -44,6 +44,9 @@ def test_a_tiny_grid_runs_is_killed_and_resumes(tmp_path, monkeypatch):
     after = path.read_text()
     compare.main()
     assert path.read_text() == after  # nothing left to do
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(path)])
+    plot.main()
+    assert (tmp_path / "compare.md").read_text().startswith("4 runs")
     for line in lines(tmp_path):
         assert len(line["curves"]["reward"]) == 2 and line["cpu_seconds"] > 0 and line["collapsed"] in (True, False)
         tokens = [row[0] for row in (line["gradient"], line["spread"])]
