@@ -170,10 +170,12 @@ class RMSNorm(nn.Module):
 
 
 def join(*linears):
-    """The outputs of all `linears` in one matmul, with a copy of their weights."""
-    W, sizes = torch.cat([p.weight for p in linears]), [p.out_features for p in linears]
-    b = None if linears[0].bias is None else torch.cat([p.bias for p in linears])
-    return lambda x: F.linear(x, W, b).split_with_sizes(sizes, -1)
+    """The outputs of all `linears` side by side in one matmul, with a copy of their weights."""
+    W = torch.cat([p.weight for p in linears]).T.contiguous()
+    if linears[0].bias is None:
+        return lambda x: x.mm(W)
+    b = torch.cat([p.bias for p in linears])
+    return lambda x: torch.addmm(b, x, W)
 
 
 def rotate(x, cos, sin):
@@ -186,6 +188,7 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim, h = c.head_dim, c.head_dim
+        self.heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * h, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * h, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * h, bias=c.qkv_bias)
@@ -195,8 +198,10 @@ class Attention(nn.Module):
         self.joined = None  # see Model.joined
 
     def forward(self, x, cos, sin, attend, layer):
-        qkv = self.joined(x) if self.joined else [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
+        if self.joined:
+            q, k, v = self.joined(x).view(len(x), -1, self.head_dim).split_with_sizes(self.heads, 1)
+        else:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
@@ -210,7 +215,7 @@ class MLP(nn.Module):
         self.joined = None  # see Model.joined
 
     def forward(self, x):
-        gate, up = self.joined(x) if self.joined else (self.gate_proj(x), self.up_proj(x))
+        gate, up = self.joined(x).chunk(2, -1) if self.joined else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -305,14 +310,18 @@ class Model(nn.Module):
             for b in self.layers:
                 b.self_attn.joined = b.mlp.joined = None
 
-    def body(self, ids, positions, attend):
-        """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,)."""
-        if self.inv_freq.device != ids.device:
-            self.inv_freq = self.inv_freq.to(ids.device)
+    def rope(self, positions):
+        """(cos, sin) of the rotary embedding at `positions` (N,), as rotate() takes them."""
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)
+        angle, dtype = positions[:, None, None].float() * self.inv_freq, self.embed_tokens.weight.dtype
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def body(self, ids, positions, attend, rope=None):
+        """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,); `rope` is rope(positions) if already there."""
         x = self.embed_tokens(ids)
-        angle = positions[:, None, None].float() * self.inv_freq
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        cos, sin = rope or self.rope(positions)
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)

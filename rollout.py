@@ -100,7 +100,8 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     x = u * cdf[:, -1:]
     b = torch.searchsorted(cdf, x, right=True).clamp_(max=cdf.shape[1] - 1)
     inside = blocks.gather(1, b[..., None].expand(n, 1, CDF_BLOCK))[:, 0].cumsum(-1)
-    x = torch.minimum(x - (cdf - mass).gather(1, b), inside[:, -1:].nextafter(torch.zeros_like(x)))  # rounding stays inside
+    x = (x - (cdf - mass).gather(1, b)).clamp_(min=0)  # rounding must not leave the block, nor reach a token of probability 0
+    x = torch.minimum(x, inside[:, -1:].nextafter(torch.zeros_like(x)))
     return torch.searchsorted(inside, x, right=True) + b * CDF_BLOCK
 
 
@@ -129,16 +130,16 @@ class Cache:
             self.kv = w.new_zeros(shape)  # zeros: never nan where nothing was written
         self.width = h if self.kernel == "bmm" else self.heads * h  # what lies together of one token
         self.flat = [[x.view(-1, self.width) for x in layer] for layer in self.kv]
-        self.head = torch.arange(self.heads, device=w.device)
-        self.slot = torch.arange(slots, device=w.device)
+        self.start = torch.arange(slots, device=w.device)[:, None] * length  # of each slot, and each KV head of a slot, in flat
+        if self.kernel == "bmm":
+            self.start = self.start * self.heads + torch.arange(self.heads, device=w.device) * length
         # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
+        self.views = None, None  # of the last step: made again only when its shape changes
         self.unseen = w.new_full((slots, self.heads, 1, length), -torch.inf) if self.kernel == "bmm" else None
 
     def where(self, rows, at):
-        """Index of places `at` (M,) of slots `rows` (M,) in the flattened cache."""
-        if self.kernel != "bmm":
-            return rows * self.length + at
-        return ((rows[:, None] * self.heads + self.head) * self.length + at[:, None]).flatten()
+        """Index of places `at` (M,) of slots `rows` (M,) in `flat`."""
+        return (self.start[rows] + at[:, None]).flatten()
 
     def store(self, layer, where, k, v):
         """k, v (M,Hkv,h) of M tokens at `where`."""
@@ -169,7 +170,7 @@ class Cache:
                 K, V = self.kv[layer, :, :n]
                 return flash_attn_with_kvcache(q[:, None], K, V, k[:, None], v[:, None], cache_seqlens=used, causal=True)[:, 0]
             return attend
-        where = self.where(self.slot[:n], position)
+        where = self.where(slice(n), position)
         if self.kernel == "torch flash":  # packed sequences of self.length places, of which the first position + 1 count
             border, used = torch.arange(n + 1, device=position.device, dtype=torch.int32), (position + 1).int()
 
@@ -179,14 +180,16 @@ class Cache:
                 return torch_flash(q, K, V, border, border * self.length, 1, self.length, 0.0, False, False, seqused_k=used)[0]
             return attend
         self.unseen.view(-1).index_fill_(0, where, 0)
-        mask, scale = self.unseen[:n, :, :, :length].flatten(0, 1), self.kv.shape[-1]**-0.5
-        K, V = self.kv[:, :, :n, :, :length].flatten(2, 3).unbind(1)  # (layers, n*Hkv, length, h)
-        K, V = K.transpose(2, 3).unbind(), V.unbind()
+        if self.views[0] != (n, length):
+            K, V = self.kv[:, :, :n, :, :length].flatten(2, 3).unbind(1)  # (layers, n*Hkv, length, h)
+            self.views = (n, length), self.unseen[:n, :, :, :length].flatten(0, 1), K.transpose(2, 3).unbind(), V.unbind()
+        _, mask, K, V = self.views
 
         def attend(layer, q, k, v):
             self.store(layer, where, k, v)
-            scores = torch.baddbmm(mask, q.reshape(len(mask), -1, q.shape[-1]), K[layer], alpha=scale)
-            return (scores.softmax(-1) @ V[layer]).view_as(q)
+            h = q.shape[-1]
+            scores = torch.baddbmm(mask, q.reshape(len(mask), -1, h), K[layer], alpha=h**-0.5)
+            return scores.softmax(-1).bmm(V[layer]).view_as(q)
         return attend
 
 
@@ -216,6 +219,7 @@ class Decoder:
         self.u, self.logp = (torch.zeros(slots, length, device=device) for _ in range(2))  # of the token drawn at a place
         self.drawn = torch.zeros(slots, length, dtype=torch.long, device=device)
         self.base = torch.arange(slots, device=device) * length
+        self.rope = model.rope(torch.arange(length, device=device))
         self.graphs, self.uses = {}, Counter()
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -223,7 +227,8 @@ class Decoder:
         """Feed the next token of slots [0, n), all at places < length. A sequence that is over stays where it is and
         writes beyond its end."""
         token, position, first, last, alive, hint = self.state[:, :n].unbind()
-        hidden = self.model.body(token, position, self.cache.decode(n, position, length))
+        rope = [table.index_select(0, position) for table in self.rope]
+        hidden = self.model.body(token, position, self.cache.decode(n, position, length), rope)
         logits, at, banned = self.model.logits(hidden), self.base[:n] + position, None
         if self.min_new_tokens:
             banned = (position - first < self.min_new_tokens)[:, None] & (self.goes_on == 0)
@@ -239,7 +244,7 @@ class Decoder:
     def run(self, n, longest, slots):
         """step() over at least n slots and places < longest; as a graph from the fourth time that a shape comes."""
         if self.pool is None:
-            return self.step(n, longest)
+            return self.step(n, min(self.length, -(-longest // 8) * 8))
         n = min(slots, 1 << (n - 1).bit_length() if n <= 16 else -(-n // 16) * 16)  # few shapes; free slots idle along
         longest = min(self.length, -(-longest // 256) * 256) if self.cache.kernel == "bmm" else self.length
         self.uses[n, longest] += 1
