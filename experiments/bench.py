@@ -292,13 +292,14 @@ def bench_train(steps=3):
     """CPU seconds of a step of 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
     train.sample and train.learn as they stand, micro-batches of 2,048 tokens; theirs is TRL's GRPOTrainer.train(), step by
     step in turn with ours, from the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or
-    bf16, no second log-prob pass, its fused head, all 256 rows generated at once; of 32, 64 and 256 rows a micro-batch and
-    dynamic or static cache, what was fastest per case. RL-shaped: one word in V ends a response (lengths geometric, mean V).
+    bf16, no second log-prob pass, its fused head, all 256 rows generated at once; of 64 and 256 rows a micro-batch (in three
+    cases 32 too) and a dynamic or static cache, what was fastest. RL-shaped: one word in V ends a response (lengths geometric, mean V).
     Each samples for itself, from the same distribution: `length` has the mean lengths, `per_token` the ratio per token."""
     import tempfile
     import warnings
 
     import datasets
+    import trl
     from tokenizers import Tokenizer, models, pre_tokenizers
     from trl import GRPOConfig, GRPOTrainer
 
@@ -363,7 +364,7 @@ def bench_train(steps=3):
         ratio = statistics.median(ratios)
         out.append({"case": case, **median, "ratio": round(ratio, 2), "spread": [round(min(ratios), 2), round(max(ratios), 2)],
                     "length": length, "per_token": round(ratio * length["ours"] / length["TRL"], 2),
-                    "TRL_rows": micro, "TRL_cache": cache or "dynamic"})
+                    "TRL_rows": micro, "TRL_cache": cache or "dynamic", "trl": trl.__version__})
         print(out[-1], flush=True)
     return out
 

@@ -5,11 +5,10 @@
     python experiments/dry_run.py --table              # 3B and 7B on 8 GPUs, ACPO's lengths: experiments/results/dry_run.json
 
 The real model, FSDP and AdamW run as rank 0 of a process group that pretends, on tensors that have shapes and no data;
-PyTorch's FSDPMemTracker adds up what lives. Two micro-batches: the second meets the gradients of the first, that is the peak.
-Tensors are called "cpu" because FSDP wants a device that exists, so bfloat16 compute is set by hand as CUDA has it.
-Attention is PyTorch's varlen (q, k, v, o and a log-sum-exp live; flash-attn needs less: it does not repeat keys and values).
-Not seen by the tracker: CUDA context, NCCL, workspaces and fragmentation (RESERVE), and the next block's weights where
-communication overlaps. Times are no measurement: a roofline with the efficiencies written below.
+PyTorch's FSDPMemTracker adds up what lives. The peak is that of a micro-batch that meets the gradients of one before it.
+The tensors claim to be on a CPU, as FSDP wants a device that exists: bfloat16 compute is set by hand, as CUDA has it.
+Attention is PyTorch's varlen; flash-attn takes less, it repeats no keys and values. Not seen: CUDA context, NCCL, workspaces,
+fragmentation (RESERVE), the next block's weights where communication overlaps. Times are a roofline, not measured.
 """
 import json
 import math
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen  # in torch 2.10 and later
+from huggingface_hub import hf_hub_download
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -35,14 +35,11 @@ import model as network
 import train
 from model import Config, Model
 
-GIB = 2**30
-RESERVE = 6.0  # GiB of a card that are not ours: CUDA context, NCCL buffers, workspaces, fragmentation
+GIB, RESERVE = 2**30, 6.0  # GiB of a card that are not ours: CUDA context, NCCL buffers, workspaces, fragmentation
 CARDS = {"H100 80 GB": (79.1, 3.0e12), "H200 141 GB": (139.8, 4.3e12)}  # GiB that CUDA reports, bytes/s of a copy
-MATMUL = 790e12  # FLOP/s, bfloat16, dense: as read on an H200; an H100 SXM is the same chip
+MATMUL, NVLINK = 790e12, 300e9  # bfloat16 FLOP/s, as read on an H200 (an H100 SXM is the same chip); bytes/s within a node
 MFU, DECODE, GAP = 0.40, 0.70, 1e-3  # share of MATMUL in the update; of the roofline in decoding; idle seconds a step
-NVLINK = 300e9  # bytes/s and GPU of an all-gather within a node
-MEAN = 0.25  # assumed mean length of prompts and responses, as a share of the longest allowed
-KV_SHARE = 0.6  # of the memory that is free in a rollout, generate() takes this for the cache
+MEAN, KV_SHARE = 0.25, 0.6  # assumed mean length, as a share of the longest; what generate() takes of the free memory
 SHAPES = {  # hidden, mlp, layers, heads, kv heads, vocabulary, tied, context: architectures as published, for use offline
     "Qwen/Qwen2.5-0.5B": ("qwen2", 896, 4864, 24, 14, 2, 151936, True, 32768),
     "Qwen/Qwen2.5-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 151936, True, 131072),
@@ -65,16 +62,11 @@ def architecture(name: str) -> dict:
         return dict(model_type=kind, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, vocab_size=vocab,
                     num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied,
                     head_dim=128 if kind == "qwen3" else hidden // heads, max_position_embeddings=context)
-    known = f"of itself it knows {', '.join(SHAPES)}"
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--model {name}: no config.json there, and not a hub id (owner/name); {known}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
         return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        raise FileNotFoundError(f"--model {name}: the hub did not give its config.json ({type(e).__name__}); offline, pass a "
-                                f"directory with one; {known}") from None
+    except (OSError, ValueError) as e:  # what huggingface_hub raises is one of these
+        raise FileNotFoundError(f"--model {name}: no config.json there, and none from the hub ({type(e).__name__}); offline, "
+                                f"pass a directory with one, or one of {', '.join(SHAPES)}") from None
 
 
 # ---- Measuring -----------------------------------------------------------------------------------------------------------
@@ -85,16 +77,12 @@ def pretended(gpus, shards, kernel):
     packed attention is the GPU's `kernel`, whatever this machine has."""
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
-        mesh = dist.init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replica", "shard"))  # needs data
-        mesh = mesh if shards < gpus else mesh["shard"]
+        mesh = dist.init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replica", "shard"))
+        mesh = mesh if shards < gpus else mesh["shard"]  # as train.load_model; needs tensors that have data
         with FakeTensorMode(), patch.object(network, "attention_kernel", lambda *_: kernel):
             yield mesh
     finally:
         dist.destroy_process_group()
-
-
-def flat(snapshot):
-    return {getattr(k, "value", k): size for device in snapshot.values() for k, size in device.items()}
 
 
 def measure(raw, gpus, tokens, prompt, response, recompute=False, offload=False, shards=0, reference=False,
@@ -117,16 +105,19 @@ def measure(raw, gpus, tokens, prompt, response, recompute=False, offload=False,
                     for other in frozen:
                         other(ids, lengths, ids)
             logp.sum().backward()
+
+        def tracked(which):  # {category: bytes} on the one device
+            return {getattr(k, "value", k): n for d in tracker.get_tracker_snapshot(which).values() for k, n in d.items()}
         micro_batch()
         optimizer.step()  # outside the tracker, which would count the full-size tensors of DTensor's sharding propagation
         with FSDPMemTracker(model, optimizer) as tracker:
             tracker.track_inputs(others)
             micro_batch()
-        peak = flat(tracker.get_tracker_snapshot("peak"))
+        peak = tracked("peak")
         optimizer.zero_grad()
         with FSDPMemTracker(model, optimizer) as tracker, train.whole_weights(model):
             tracker.track_inputs(others)
-            rollout = flat(tracker.get_tracker_snapshot("current"))["Total"] / GIB
+            rollout = tracked("current")["Total"] / GIB
     parts, host = {name: sum(peak[k] for k in keys) / GIB for name, keys in CATEGORIES.items()}, 0.0
     update = sum(parts.values())
     if offload:  # the same pass; these live on the other side of the bus
@@ -140,9 +131,8 @@ def measure(raw, gpus, tokens, prompt, response, recompute=False, offload=False,
 def run(cfg, raw, gpus):
     """measure() of a configuration. Raises ValueError, one line, for what makes no sense."""
     context, longest = Config.from_dict(raw).max_position_embeddings, cfg.max_prompt_tokens + cfg.max_new_tokens
-    for name in ("tokens_per_microbatch", "max_prompt_tokens", "max_new_tokens", "prompts", "samples", "updates"):
-        if min(gpus, getattr(cfg, name)) < 1:
-            raise ValueError(f"{gpus} GPUs, --{name} {getattr(cfg, name)}: must be at least 1")
+    if min(gpus, cfg.tokens_per_microbatch, cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.prompts, cfg.samples) < 1:
+        raise ValueError("GPUs, lengths, --tokens_per_microbatch, --prompts, --samples: all must be at least 1")
     if cfg.shards_per_replica < 0 or cfg.shards_per_replica and gpus % cfg.shards_per_replica:
         raise ValueError(f"--shards_per_replica {cfg.shards_per_replica} does not divide {gpus} GPUs")
     if longest > context:
@@ -155,10 +145,10 @@ def run(cfg, raw, gpus):
 
 def fit(c, cfg, m, card):
     """(GiB left beside the peak, tokens of KV cache that generate() would take, whole sequences in it)."""
-    room, kv = CARDS[card][0] - RESERVE, 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes a token
-    tokens = int(KV_SHARE * max(0.0, room - m["rollout"]) * GIB) // kv
-    return (room - max(m["update"], m["rollout"]), tokens,
-            min(tokens, cfg.kv_tokens or tokens) // (cfg.max_prompt_tokens + cfg.max_new_tokens))
+    room, kv = CARDS[card][0] - RESERVE, 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / GIB
+    tokens = cfg.kv_tokens or int(KV_SHARE * max(0.0, room - m["rollout"]) / kv)
+    return (room - max(m["update"], m["rollout"] + cfg.kv_tokens * kv), tokens,
+            tokens // (cfg.max_prompt_tokens + cfg.max_new_tokens))
 
 
 def seconds(c, cfg, gpus, count, fits, bandwidth):
@@ -168,17 +158,15 @@ def seconds(c, cfg, gpus, count, fits, bandwidth):
     rows, prompt, mean = math.ceil(cfg.prompts / gpus) * cfg.samples, MEAN * cfg.max_prompt_tokens, MEAN * cfg.max_new_tokens
 
     def decode(live, context):  # one token of each live row: matmul or its weights; cache; sampling
-        kv = context * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        gemm = max(2 * read * live / MATMUL, 2 * read / bandwidth)
-        return (gemm + live * (kv + 16 * c.vocab_size) / bandwidth) / DECODE + GAP
+        traffic = live * (context * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim + 16 * c.vocab_size)
+        return (max(2 * read * live / MATMUL, 2 * read / bandwidth) + traffic / bandwidth) / DECODE + GAP
     slots, grid = min(rows, fits), 64
     rollout = (rows - slots) * mean / slots * decode(slots, prompt + mean)
     for t in ((i + 0.5) / grid * cfg.max_new_tokens for i in range(grid)):
         rollout += decode(max(1.0, slots * math.exp(-t / mean)), prompt + t) * cfg.max_new_tokens / grid
-    acpo = cfg.loss == "acpo" and cfg.acpo_stats == "batch"
-    forwards = 3 + sum((cfg.recompute, acpo, cfg.old_logp == "trainer", cfg.kl_beta > 0))  # backward counts two
+    more = cfg.recompute, cfg.loss == "acpo" and cfg.acpo_stats == "batch", cfg.old_logp == "trainer", cfg.kl_beta > 0
     tokens = rows * (prompt + mean) * cfg.epochs
-    flops = 2 * forwards * tokens * (read + c.num_hidden_layers * c.num_attention_heads * c.head_dim * (prompt + mean))
+    flops = 2 * (3 + sum(more)) * tokens * (read + c.num_hidden_layers * c.num_attention_heads * c.head_dim * (prompt + mean))
     passes = max(cfg.updates * cfg.epochs, math.ceil(tokens / cfg.tokens_per_microbatch))
     wire = (8 * passes + 2) * count * (1 - 1 / (cfg.shards_per_replica or gpus))  # a pass: bfloat16 twice, float32 once
     return rollout, flops / (MATMUL * MFU), wire / NVLINK
@@ -186,16 +174,13 @@ def seconds(c, cfg, gpus, count, fits, bandwidth):
 
 def remedies(cfg, gpus):
     """What to turn, one after the other, as (flags, configuration, GPUs); each keeps the changes before it."""
-    if not cfg.recompute:
-        cfg = replace(cfg, recompute=True)
-        yield "--recompute", cfg, gpus
-    least = cfg.max_prompt_tokens + cfg.max_new_tokens
-    if cfg.tokens_per_microbatch > least:
-        cfg = replace(cfg, tokens_per_microbatch=least)
-        yield f"and --tokens_per_microbatch {least}", cfg, gpus
-    if not cfg.offload:
-        yield "and --offload (weights, gradients, Adam in CPU memory: slower)", replace(cfg, offload=True), gpus
-    yield f"or {4 * gpus} GPUs", replace(cfg, shards_per_replica=0), 4 * gpus
+    least = min(cfg.tokens_per_microbatch, cfg.max_prompt_tokens + cfg.max_new_tokens)
+    for flags, change in (("--recompute", {"recompute": True}),
+                          (f"and --tokens_per_microbatch {least}", {"tokens_per_microbatch": least}),
+                          ("and --offload (weights, gradients, Adam in CPU memory: slower)", {"offload": True})):
+        if (turned := replace(cfg, **change)) != cfg:
+            yield flags, (cfg := turned), gpus
+    yield f"and {4 * gpus} GPUs", replace(cfg, shards_per_replica=0), 4 * gpus
 
 
 def report(cfg, gpus: int) -> dict:
@@ -205,9 +190,8 @@ def report(cfg, gpus: int) -> dict:
         raise ValueError("a dry run pretends all ranks itself: start it with python, without torchrun")
     if not cfg.model:
         raise ValueError("a dry run needs --model; the small default model fits anywhere")
-    began, raw = time.time(), architecture(cfg.model)
-    c, m = Config.from_dict(raw), run(cfg, raw, gpus)
-    needed = math.ceil(cfg.prompts / gpus) * cfg.samples
+    began, raw, fits = time.time(), architecture(cfg.model), {}
+    c, m, needed = Config.from_dict(raw), run(cfg, raw, gpus), math.ceil(cfg.prompts / gpus) * cfg.samples
     print(f"{cfg.model}: {m['parameters'] / 1e9:.2f}B parameters on {gpus} GPUs, {cfg.tokens_per_microbatch:,} tokens a "
           f"micro-batch, {'' if cfg.recompute else 'no '}--recompute.\nGiB per GPU, measured by running it without data:\n")
     for name, size in {**m["categories"], "PEAK OF THE UPDATE": m["update"], "in CPU memory": m["host"],
@@ -215,10 +199,9 @@ def report(cfg, gpus: int) -> dict:
         if size:
             print(f"  {name:52s}{size:8.2f}")
     print(f"\nOf each card {RESERVE:.0f} GiB are left for CUDA context, NCCL and fragmentation. Seconds are estimates.")
-    fits = {}
     for card, (_, bandwidth) in CARDS.items():
         left, tokens, sequences = fit(c, cfg, m, card)
-        fits[card] = left >= 0 and sequences > 0
+        fits[card] = left >= 0 < sequences
         print(f"  {card}: {'fits' if fits[card] else 'does NOT fit'}, {left:+.1f} GiB; KV cache {tokens:,} tokens = "
               f"{sequences:,} sequences of full length, {needed:,} are sampled")
         if fits[card]:
@@ -228,14 +211,12 @@ def report(cfg, gpus: int) -> dict:
     print(f"  Assumed: mean lengths {MEAN:.0%} of the longest; decoding at {DECODE:.0%} of the roofline + {1e3 * GAP:.0f} ms "
           f"a step;\n  update at {MFU:.0%} of {MATMUL / 1e12:.0f} TFLOP/s. Not counted: prefill, rewards, evaluation, saves.")
     card = min(CARDS, key=CARDS.get)
-    if not fits[card]:
-        print(f"What to turn for an {card}, measured:")
+    print(f"What to turn for an {card}, measured:\n" * (not fits[card]), end="")
     for flags, other, n in () if fits[card] else remedies(cfg, gpus):
         got = run(other, raw, n)
         left, _, sequences = fit(c, other, got, card)
-        enough = left >= 0 and sequences > 0
-        print(f"  {flags}: {max(got['update'], got['rollout']):.1f} GiB{', fits' if enough else ''}", flush=True)
-        if enough:
+        print(f"  {flags}: {max(got['update'], got['rollout']):.1f} GiB{', fits' * (left >= 0 < sequences)}", flush=True)
+        if left >= 0 < sequences:
             break
     print(f"({time.time() - began:.0f} s on this machine)")
     return m | {"fits": fits}
@@ -243,13 +224,12 @@ def report(cfg, gpus: int) -> dict:
 
 def table():
     """3B and 7B on 8 GPUs, 1024 + 3072 tokens, by micro-batch and recomputation: experiments/results/dry_run.json."""
-    rows = []
+    rows, path = [], Path(__file__).parent / "results/dry_run.json"
     for name, tokens, recompute in product(("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B"), (8192, 16384, 32768), (True, False)):
         m = measure(architecture(name), 8, tokens, 1024, 3072, recompute)
         rows.append({"model": name, "gpus": 8, "tokens": tokens, "recompute": recompute, "update_GiB": round(m["update"], 1),
                      "rollout_GiB": round(m["rollout"], 1), **{k: round(v, 2) for k, v in m["categories"].items() if v}})
         print(rows[-1], flush=True)
-    path = Path(__file__).parent / "results/dry_run.json"
     path.write_text(json.dumps({"torch": torch.__version__, "prompt": 1024, "response": 3072, "rows": rows}, indent=1) + "\n")
 
 
@@ -260,8 +240,8 @@ def main():
     parser.add_argument("--table", action="store_true", help="write experiments/results/dry_run.json")
     parser.set_defaults(model="Qwen/Qwen2.5-7B", prompts=128, samples=10, updates=2, max_new_tokens=3072)
     torch.set_num_threads(1)
-    cfg, args = parser.parse_args_into_dataclasses()
     try:
+        cfg, args = parser.parse_args_into_dataclasses()
         table() if args.table else report(cfg, args.gpus)
     except (ValueError, OSError) as e:
         sys.exit(f"dry_run.py: {e}")
