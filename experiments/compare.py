@@ -368,13 +368,13 @@ def named(name, lines):
     if name == "acpo":
         return grid(["grpo", "acpo"], LADDER)
     if name == "ladder":
-        return grid(["grpo"], (4,), seeds=SEEDS, measure="ladder") + grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
+        return grid(["grpo"], (4,), measure="ladder") + grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
     if name == "hot":  # a learning rate that is too high for 16 updates: who holds out?
-        return grid(TABLE + ["unclipped", *WINNERS[:3]], lrs=(1e-3,))
+        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo", "gppo", *WINNERS[1:3]], lrs=(1e-3,))
     if name == "second":
-        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", "dapo", *WINNERS[1:3]], task="countdown")
+        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", WINNERS[1]], task="countdown")
     if name == "second_rest":
-        return grid(["etr", "sapo", "gppo", "gspo", "unclipped", "raft"], task="countdown")
+        return grid(["dapo", "etr", "sapo", "gppo", "gspo", "unclipped", WINNERS[2]], task="countdown")
     if name == "second_low":
         return grid(["grpo", "acpo", "kl3", "wapo", "cispo", "dapo"], lrs=(1e-4,), task="countdown")
     if name == "cells":
