@@ -293,8 +293,9 @@ def bench_train(steps=3):
     train.sample and train.learn as they stand, micro-batches of 2,048 tokens; theirs is TRL's GRPOTrainer.train(), step by
     step in turn with ours, from the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or
     bf16, no second log-prob pass, its fused head, all 256 rows generated at once; of 64 and 256 rows a micro-batch (in three
-    cases 32 too) and a dynamic or static cache, what was fastest. RL-shaped: one word in V ends a response (lengths geometric, mean V).
-    Each samples for itself, from the same distribution: `length` has the mean lengths, `per_token` the ratio per token."""
+    cases 32 too) and a dynamic or static cache, what was fastest. RL-shaped: one word in V ends a response, lengths are
+    geometric with mean V. Each samples for itself, from the same distribution: `length` has the mean lengths, `per_token`
+    the ratio per sampled token."""
     import tempfile
     import warnings
 
