@@ -63,10 +63,12 @@ def architecture(name: str) -> dict:
                     num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=tied,
                     head_dim=128 if kind == "qwen3" else hidden // heads, max_position_embeddings=context)
     try:
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ValueError("not owner/name")
         return json.loads(Path(hf_hub_download(name, "config.json")).read_text())
     except (OSError, ValueError) as e:  # what huggingface_hub raises is one of these
-        raise FileNotFoundError(f"--model {name}: no config.json there, and none from the hub ({type(e).__name__}); offline, "
-                                f"pass a directory with one, or one of {', '.join(SHAPES)}") from None
+        raise FileNotFoundError(f"--model {name}: no config.json there, and none from the hub ({str(e).splitlines()[0]}); "
+                                f"offline, pass a directory with one, or one of {', '.join(SHAPES)}") from None
 
 
 # ---- Measuring -----------------------------------------------------------------------------------------------------------
