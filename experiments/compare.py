@@ -368,7 +368,9 @@ def named(name, lines):
     if name == "acpo":
         return grid(["grpo", "acpo"], LADDER)
     if name == "ladder":
-        return grid(["grpo"], (4,), measure="ladder") + grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
+        return grid(["grpo"], (4,), measure="ladder")
+    if name == "second_ladder":
+        return grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
     if name == "hot":  # a learning rate that is too high for 16 updates: who holds out?
         return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo", "gppo", *WINNERS[1:3]], lrs=(1e-3,))
     if name == "second":
@@ -382,7 +384,7 @@ def named(name, lines):
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "second", "second_rest", "second_low")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "second", "second_rest", "second_low", "second_ladder")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------

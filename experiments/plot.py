@@ -14,6 +14,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+                     "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 12})
+
 from experiments.compare import BINS, CELLS, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WINNERS, load, matched, mean, pick, tuned
 
 OUT = {"figures": Path(__file__).parent / "figures"}
@@ -73,14 +76,6 @@ def pooled(lines, what):  # rows of per-bin sums, added up over runs
     return [[sum(x[what][i][b] for x in lines) for b in range(BINS)] for i in range(len(lines[0][what]))]
 
 
-def axes(n, width=13, height=4.2, **kw):
-    fig, ax = plt.subplots(1, n, figsize=(width, height), **kw)
-    for a in ax:
-        a.grid(alpha=0.25)
-        a.spines[["top", "right"]].set_visible(False)
-    return fig, ax
-
-
 def finish(fig, name):
     fig.tight_layout()
     fig.savefig(OUT["figures"] / f"compare_{name}.png", dpi=100)
@@ -98,39 +93,35 @@ def forest(ax, rows, digits=1):
 
 # ---- The table ---------------------------------------------------------------------------------------------------------
 
-def score_rows(lines, settings, base, updates, task="chainsum"):
-    """A row per (name, spec, lr): scores, and differences to the setting named `base`, paired by seed."""
-    lookup = {name: runs(lines, spec, updates, lr, task) for name, spec, lr in settings}
-    out = []
-    for name, spec, lr in settings:
-        some = lookup[name]
-        if not some:
-            continue
-        delta = ["", ""] if name == base else [pm(*paired(some, lookup[base], VALUES[v])[:2], sign=True) for v in ("auc", "final")]
-        out.append([f"`{name}`", f"{lr:g}", *(pm(*interval([VALUES[v](x) for x in some])) for v in ("auc", "final")), *delta,
-                    pm(*interval([VALUES["entropy"](x) for x in some]), digits=3), f"{sum(x['collapsed'] for x in some)} / {len(some)}"])
-    return out
-
-
-HEAD = ("objective", "lr", "area under curve", "final", "Δ area vs grpo", "Δ final vs grpo", "entropy at end", "collapsed / n")
+def scores(lines, title, settings, updates, task="chainsum"):
+    """A table of one row per (objective, learning rate), with differences to grpo, paired by seed; nothing without grpo."""
+    found = [(spec, lr, runs(lines, spec, updates, lr, task)) for spec, lr in settings]
+    base = next((some for spec, _, some in found if spec == "grpo"), [])
+    rows = []
+    for spec, lr, some in found if base else []:
+        if some:
+            delta = ["", ""] if spec == "grpo" else [pm(*paired(some, base, VALUES[v])[:2], sign=True) for v in ("auc", "final")]
+            rows.append([f"`{spec}`", f"{lr:g}", *(pm(*interval([VALUES[v](x) for x in some])) for v in ("auc", "final")), *delta,
+                         pm(*interval([VALUES["entropy"](x) for x in some]), digits=3), f"{sum(x['collapsed'] for x in some)} / {len(some)}"])
+    head = ("objective", "lr", "area under curve", "final", "Δ area vs grpo", "Δ final vs grpo", "entropy at end", "collapsed / n")
+    return [table(title, head, rows)] if rows else []
 
 
 def main_table(lines):
-    out, fig = [], None
-    for column, updates in enumerate((2, 16)):
-        settings = [(spec, spec, tuned(lines, spec, updates)) for spec in TABLE]
-        rows = score_rows(lines, settings, "grpo", updates)
-        if not rows:
-            continue
-        n = min(len(runs(lines, spec, updates, lr)) for _, spec, lr in settings)
-        out.append(table(f"chainsum, {updates} updates per rollout, each at its own learning rate, n = {n} seeds", HEAD, rows))
-        if fig is None:
-            fig, ax = axes(2)
-        forest(ax[column], [(f"{spec} (lr {lr:g})", *paired(runs(lines, spec, updates, lr), runs(lines, *base), VALUES["auc"])[:2],
-                             COLORS[spec]) for _, spec, lr in settings[1:] for base in [("grpo", updates, settings[0][2])]])
-        ax[column].set_title(f"{updates} updates per rollout, n = {n}", fontsize=12)
-        ax[column].set_xlabel("area under the reward curve, difference to grpo (points)")
-    if fig:
+    out, panels = [], []
+    for updates in LRS:
+        settings = [(spec, tuned(lines, spec, updates)) for spec in TABLE]
+        out += scores(lines, f"chainsum, {updates} updates per rollout, each objective at its own learning rate", settings, updates)
+        found = {spec: runs(lines, spec, updates, lr) for spec, lr in settings}
+        if all(found.values()):
+            panels.append((updates, [(f"{spec}, lr {lr:g}", *paired(found[spec], found["grpo"], VALUES["auc"])[:2], COLORS[spec])
+                                     for spec, lr in settings[1:]], min(map(len, found.values()))))
+    if panels:
+        fig, ax = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.2), squeeze=False)
+        for a, (updates, rows, n) in zip(ax[0], panels):
+            forest(a, rows)
+            a.set_title(f"chainsum, {updates} updates per rollout, n = {n}")
+            a.set_xlabel("area under the reward curve, difference to grpo (points)")
         finish(fig, "table")
     return out
 
@@ -150,46 +141,32 @@ def curves(lines, panels, name, reach=0):
                 c = smooth(runs(lines, spec, *setting), what, reach)
                 a.plot(range(1, len(c) + 1), c, color=COLORS[spec], lw=1.8, ls="--" if spec in EXTRA else "-",
                        label=spec.replace("eps_low=0.03 eps_high=0.04", "× 100"))
-            a.grid(alpha=0.25)
-            a.spines[["top", "right"]].set_visible(False)
-        column[0].set_title(title, fontsize=12)
+        column[0].set_title(title)
         column[1].set_xlabel("step: 256 responses")
     grid[0, 0].set_ylabel("reward")
     grid[1, 0].set_ylabel("entropy per token (nats)")
-    grid[0, -1].legend(frameon=False, fontsize=9, ncols=2)
+    grid[0, -1].legend(ncols=2)
     finish(fig, name)
 
 
 def common_table(lines):
-    out, panels = [], []
-    for lr in (3e-4, 1e-3):
-        settings = [(spec, spec, lr) for spec in TABLE + EXTRA + WINNERS if runs(lines, spec, lr=lr)]
-        if not runs(lines, "grpo", lr=lr):
-            continue
-        n = min(len(runs(lines, spec, lr=lr)) for spec, _, _ in settings)
-        out.append(table(f"chainsum, 16 updates per rollout, all at learning rate {lr:g}, n = {n}", HEAD, score_rows(lines, settings, "grpo", 16)))
-        panels.append((f"chainsum, 16 updates, lr {lr:g}, mean of {n} seeds", 16, lr))
-    if panels:
-        curves(lines, panels, "curves")
-    return out
-
-
-def second(lines):
-    """Countdown at several learning rates and updates per rollout."""
-    task, out, panels = "countdown", [], []
-    for updates, lr in sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS and not x["measure"]}):
-        specs = [s for s in [*TABLE, *EXTRA, *WINNERS] if runs(lines, s, updates, lr, task)]
-        n = min(len(runs(lines, s, updates, lr, task)) for s in specs)
-        out.append(table(f"countdown, {updates} updates per rollout, learning rate {lr:g}, n = {n}", HEAD,
-                         score_rows(lines, [(s, s, lr) for s in specs], "grpo", updates, task)))
-        panels.append((f"countdown, {updates} updates, lr {lr:g}, n = {n}, five-step means", updates, lr, task))
-    if panels:
-        curves(lines, panels, "second", 2)
+    """Everything at one learning rate: both tasks, every setting that has lines of grpo."""
+    out = []
+    for task, reach in (("chainsum", 0), ("countdown", 2)):
+        panels = []
+        for updates, lr in sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS and x["loss"] == "acpo"
+                                   and not x["measure"] and x["updates"] in (2, 16)}):
+            title = f"{task}, {updates} updates per rollout, learning rate {lr:g}"
+            out += scores(lines, f"{title}, for all", [(spec, lr) for spec in TABLE + EXTRA + WINNERS], updates, task)
+            n = [len(runs(lines, spec, updates, lr, task)) for spec in COLORS]
+            panels.append((f"{task}, {updates} updates, lr {lr:g}, n = {min(filter(None, n))}", updates, lr, task))
+        if panels:
+            curves(lines, panels, f"curves_{task}", reach)
     return out
 
 
 def lr_table(lines):
-    every, rows, fig, ax = sorted({x for lrs in LRS.values() for x in lrs}), [], *axes(2)
+    every, rows, fig, ax = sorted({x for lrs in LRS.values() for x in lrs}), [], *plt.subplots(1, 2, figsize=(13, 4.2))
     for column, (updates, lrs) in zip(ax, LRS.items()):
         for spec in TABLE:
             some = {lr: runs(lines, spec, updates, lr, seeds=TUNING) for lr in lrs}
@@ -202,13 +179,13 @@ def lr_table(lines):
         column.set_xscale("log")
         column.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
         column.minorticks_off()
-        column.set_title(f"{updates} updates per rollout, {len(TUNING)} tuning seeds", fontsize=12)
+        column.set_title(f"{updates} updates per rollout, {len(TUNING)} tuning seeds")
         column.set_xlabel("learning rate")
     if not rows:
         plt.close(fig)
         return []
     ax[0].set_ylabel("final held-out accuracy (%)")
-    ax[1].legend(frameon=False, fontsize=9, ncols=2)
+    ax[1].legend(ncols=2)
     finish(fig, "lr")
     return [table(f"Learning rates, tuning seeds {TUNING}: area / final / collapsed", ("objective", "updates", *(f"{x:g}" for x in every),
                                                                                       "chosen"), rows)]
@@ -285,9 +262,7 @@ def acpo_figure(some, at, sums, task):
     for a, title in zip(ax, ("std of the ratio after the updates", "std of log r: measured against first order", "clipped by ±0.2 (% of the bin's tokens)",
                              "share of the gradient (%): clipped (solid), not (dashed)", "gradient per token, relative to the mean",
                              "half width of ACPO's band")):
-        a.set_title(title, fontsize=12)
-        a.grid(alpha=0.25)
-        a.spines[["top", "right"]].set_visible(False)
+        a.set_title(title)
         if a is not ax[1]:
             a.set_xscale("log", base=2)
             a.set_xticks(LADDER, LADDER)
@@ -296,8 +271,8 @@ def acpo_figure(some, at, sums, task):
         a.set_yscale("log")
     ax[1].set_xscale("log")
     ax[1].set_xlabel("s · sqrt((1−p)² + Σ p_j²), one s per number of updates")
-    ax[0].legend(frameon=False, fontsize=9)
-    fig.suptitle(f"{task}: 1 to 32 updates from the same weights on the same rollout, first {EARLY} steps, n = {len(some)}, lr {some[0]['lr']:g}", fontsize=12)
+    ax[0].legend()
+    fig.suptitle(f"{task}: 1 to 32 updates from the same weights on the same rollout, first {EARLY} steps, n = {len(some)}, lr {some[0]['lr']:g}")
     finish(fig, f"acpo_{task}")
 
 
@@ -338,11 +313,11 @@ def controls(lines):
         forests += [(f"{k} − ratio, equal clip rate", {v: paired(s, same[0][1], f) for v, f in VALUES.items()}, "#888888")
                     for k, s in same[1:]]
     if forests:
-        fig, ax = axes(3, 14, 0.42 * len(forests) + 1.2, sharey=True)
+        fig, ax = plt.subplots(1, 3, figsize=(14, 0.42 * len(forests) + 1.2), sharey=True)
         for a, (v, title) in zip(ax, (("auc", "area under the curve (points)"), ("final", "final accuracy (points)"),
                                       ("at80", "entropy at reward 0.8 (nats)"))):
             forest(a, [(label, *d[v][:2], color) for label, d, color in forests])
-            a.set_title(f"Δ {title}", fontsize=12)
+            a.set_title(f"Δ {title}")
         finish(fig, "controls")
     return out
 
@@ -361,7 +336,7 @@ def wapo(lines):
         return []
     names, colors = [c.replace("pos_", "winner ").replace("neg_", "loser ") for c in CELLS], ["#2c7fb8", "#7fcdbb", "#d95f0e", "#b0413e"]
     steps, rows = [int(c["step"]) for c in some[0]["cells"]], []
-    fig, ax = axes(3, 15, 4.4)
+    fig, ax = plt.subplots(1, 3, figsize=(15, 4.4))
     for i, step in enumerate(steps):
         at = [x["cells"][i] for x in some]
         scale = sum(m * p for a in at for m, p in zip(a["measured"], a["predicted"])) / sum(p * p for a in at for p in a["predicted"])
@@ -377,7 +352,7 @@ def wapo(lines):
     ax[0].set_xticks(range(len(steps)), [f"step {s}\nreward {sum(x['cells'][i]['reward'] for x in some) / len(some):.2f}"
                                          for i, s in enumerate(steps)])
     ax[0].set_title(f"entropy change by one step on one cell\n(millinats, chainsum, n = {len(some)})", fontsize=11)
-    ax[0].legend(frameon=False, fontsize=9)
+    ax[0].legend()
     out.append(table(f"WAPO 1: mean entropy change (millinats) of one plain gradient step on one cell, n = {len(some)}",
                      ("step", "reward", "cell", "tokens (%)", "measured", "predicted", "same sign"), rows))
     rows = []
@@ -396,7 +371,7 @@ def wapo(lines):
                          pm(*interval([VALUES["entropy"](x) for x in s]), digits=3), f"{sum(x['collapsed'] for x in s)} / {len(s)}"])
         a.set_title(f"reward: {task}, learning rate {lr:g}\n(16 updates, n = {len(base)}, three-step means)", fontsize=11)
         a.set_xlabel("step")
-        a.legend(frameon=False, fontsize=9)
+        a.legend()
     finish(fig, "wapo")
     return out + [table("WAPO 2: who learns, where the learning rate is too high for 16 updates",
                         ("run", "what learns", "area", "final", "Δ final vs grpo", "Δ reward of the last 5 steps", "entropy at end",
@@ -411,7 +386,7 @@ def main():
     lines = load(source)
     parts = [f"{len(lines)} runs, {sum(x['cpu_seconds'] for x in lines) / 3600:.1f} CPU-hours. Mean ± half width of the 95 % interval over "
              "seeds; differences are paired by seed, bold where the interval excludes zero. Made by experiments/plot.py.\n"]
-    for part in (main_table, common_table, lr_table, second, acpo, controls, wapo):
+    for part in (main_table, common_table, lr_table, acpo, controls, wapo):
         try:
             parts += part(lines)
         except SystemExit as e:  # compare.py's line about a grid that is not complete
