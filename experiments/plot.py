@@ -154,7 +154,7 @@ def common_table(lines):
     out = []
     for task, reach in (("chainsum", 0), ("countdown", 2)):
         panels = []
-        for updates, lr in sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS and x["loss"] == "acpo"
+        for updates, lr in sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS and x["loss"] == "wapo"
                                    and not x["measure"] and x["updates"] in (2, 16)}):
             title = f"{task}, {updates} updates per rollout, learning rate {lr:g}"
             out += scores(lines, f"{title}, for all", [(spec, lr) for spec in TABLE + EXTRA + WINNERS], updates, task)
@@ -243,7 +243,7 @@ def acpo(lines):
 def acpo_figure(some, at, sums, task):
     colors = plt.cm.viridis([0.0, 0.22, 0.45, 0.68, 0.9])
     fig, grid = plt.subplots(2, 3, figsize=(14, 8))
-    ax = grid.flat
+    ax = list(grid.flat)
     tokens = share(sums["grpo", 1]["spread"][0])
     for b in range(BINS):
         spread, g = [sums["grpo", k]["spread"] for k in LADDER], [sums["grpo", k]["gradient"] for k in LADDER]
