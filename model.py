@@ -120,38 +120,54 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
-def causal(lengths: list[int], device, dtype=torch.float32):
-    """(positions (N,), attend) for sequences of `lengths` tokens laid end to end: each token sees its own past only."""
-    kernel = attention_kernel(torch.device(device), dtype)
-    B, T, n = len(lengths), max(lengths), torch.tensor(lengths, device=device)
+def causal(lengths: list[int], device, dtype=torch.float32, after: list[int] | None = None):
+    """(positions (N,), attend) for sequences of `lengths` tokens laid end to end: each token sees its own past only.
+    after[i] is the sequence that sequence i continues, as the samples of one prompt do, or -1 for none: it sees that one too,
+    whose keys and values are computed once."""
+    kernel, after = attention_kernel(torch.device(device), dtype), after or [-1] * len(lengths)
+    arange = lambda n: torch.arange(n, device=device)
+    n, prefix = torch.tensor(lengths, device=device), torch.tensor([lengths[a] if a >= 0 else 0 for a in after], device=device)
     start = n.cumsum(0) - n
-    row = torch.repeat_interleave(torch.arange(B, device=device), n, output_size=sum(lengths))
-    positions = torch.arange(sum(lengths), device=device) - start[row]
+    row = torch.repeat_interleave(arange(len(n)), n, output_size=sum(lengths))
+    positions = arange(sum(lengths)) - start[row] + prefix[row]
+    continued = set(after) - {-1}
+    if kernel == "sdpa":  # what is continued needs no row of its own
+        which = [i for i in range(len(n)) if i not in continued]
+    else:
+        which = range(len(n))
+    full = [lengths[i] + (lengths[after[i]] if after[i] >= 0 else 0) for i in which]
+    T, parent = max(full), start[torch.tensor(after, device=device)]
+    # for each token of the whole sequences, one after the other: its sequence, its place there, where it stands in the list
+    whole, which = torch.tensor(full, device=device), torch.tensor(list(which), device=device)
+    row = torch.repeat_interleave(arange(len(whole)), whole, output_size=sum(full))
+    t, of = arange(sum(full)) - (whole.cumsum(0) - whole)[row], which[row]
+    token = t + torch.where(t < prefix[of], parent[of], (start - prefix)[of])
     if kernel != "sdpa":
-        cu = F.pad(n.cumsum(0), (1, 0)).int()
-        return positions, lambda layer, q, k, v: varlen(kernel, q, k, v, cu, T)
+        cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (n, whole))
+        seen = token if continued else slice(None)
+        return positions, lambda layer, q, k, v: varlen(kernel, q, k[seen], v[seen], cu_q, cu_k, max(lengths), T)
 
-    flat = row * T + positions  # where each token stands in the padded (B*T)
-    even = min(lengths) == T
+    even = not continued and min(full) == T
+    padded = token.new_zeros(len(whole) * T).index_copy(0, row * T + t, token)  # (B*T,): any token will do on the right, where
+    back = torch.zeros_like(positions).index_copy(0, token, row * T + t)  # nobody looks: the mask is causal
 
     def attend(layer, q, k, v):
-        def pad(x):  # (N,H,h) -> (B,H,T,h); zeros on the right are never looked at: the mask is causal
-            x = x if even else x.new_zeros(B * T, *x.shape[1:]).index_copy(0, flat, x)
-            return x.view(B, T, *x.shape[1:]).transpose(1, 2)
-        o = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        o = o.transpose(1, 2).reshape(B * T, *q.shape[1:])
-        return o if even else o[flat]
+        q, k, v = ((x if even else x[padded]).view(len(whole), T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B,H,T,h)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        o = o.transpose(1, 2).reshape(len(whole) * T, -1, o.shape[-1])
+        return o if even else o[back]
     return positions, attend
 
 
-def varlen(kernel, q, k, v, cu, longest):
-    """Causal attention over packed sequences, (N,H,h); `cu` (B+1,) int32 are their borders."""
+def varlen(kernel, q, k, v, cu_q, cu_k, longest_q, longest_k):
+    """Causal attention over packed sequences, (N,H,h); cu_q and cu_k (B+1,) int32 are their borders. Queries are the last
+    tokens of a sequence where it has more keys."""
     if kernel == "flash-attn":
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=True)
     from torch.nn.attention.varlen import varlen_attn
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # torch 2.11 has no enable_gqa
     new = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 and later
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **({"window_size": (-1, 0)} if new else {"is_causal": True}))
+    return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **({"window_size": (-1, 0)} if new else {"is_causal": True}))
 
 
 # ---- The network --------------------------------------------------------------------------------------------------------
@@ -332,15 +348,15 @@ class Model(nn.Module):
     def logits(self, hidden):
         return hidden @ self.head_weight.T
 
-    def forward(self, ids, lengths=None, targets=None, temperature=1.0):
+    def forward(self, ids, lengths=None, targets=None, temperature=1.0, after=None):
         """ids (B,T), right-padded: logits (B,T,V).
-        ids (N,), packed sequences of `lengths`, and targets (N,), the id to be predicted at each place or -1 for none:
-        (logp, entropy, sum p^2) at the places that have one, in order; only logp has gradient."""
+        ids (N,), packed sequences of `lengths` (`after`: see causal), and targets (N,), the id to be predicted at each place or
+        -1 for none: (logp, entropy, sum p^2) at the places that have one, in order; only logp has gradient."""
         if lengths is None:
             B, T = ids.shape
             positions, attend = causal([T] * B, ids.device, self.embed_tokens.weight.dtype)
             return self.logits(self.body(ids.flatten(), positions, attend)).view(B, T, -1)
-        hidden = self.body(ids, *causal(lengths, ids.device, self.embed_tokens.weight.dtype))
+        hidden = self.body(ids, *causal(lengths, ids.device, self.embed_tokens.weight.dtype, after))
         at = (targets >= 0).nonzero()[:, 0]
         return TokenLogp.apply(hidden[at], self.head_weight, targets[at], temperature)
 

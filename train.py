@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -85,7 +85,8 @@ class Config:
     weight_decay: float = flag(0.01, "of matrices; norms and biases have none")
     clip_norm: float = flag(1.0, "largest gradient norm")
     kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
-    tokens_per_microbatch: int = flag(16384, "packed tokens per forward pass: lower it when memory runs out")
+    tokens_per_microbatch: int = flag(16384 if torch.cuda.is_available() else 4096,
+                                      "packed tokens per forward pass: lower it when memory runs out (16384 on CUDA)")
     recompute: bool = flag(False, "activation checkpointing: far less memory, a third more compute")
     compile: bool = flag(False, "torch.compile the blocks for the update; sampling stays as it is")
     offload: bool = flag(False, "keep sharded weights, gradients and Adam states in CPU memory between passes (more than one rank, or CUDA)")
@@ -392,9 +393,11 @@ def minibatches(rows, cfg):
 
 
 def microbatches(rows, budget):
-    """Rows sorted by length and cut into bins of equal tokens, at most `budget` unless one row alone is longer. Their
-    number is a multiple of the ranks, rank r takes bins r, r + WORLD, ...: equal work; a bin may be empty."""
-    rows = sorted(rows, key=lambda r: len(r.tokens))
+    """Rows cut into bins of equal tokens, at most `budget` unless one row alone is longer. Their number is a multiple of the
+    ranks, rank r takes bins r, r + WORLD, ...: equal work; a bin may be empty. Neighbours are of like length, for padded
+    attention; where nothing is padded (CUDA), samples of a prompt stay together, so that it is computed once."""
+    longest = {r.group: len(r.tokens) for r in sorted(rows, key=lambda r: len(r.tokens))}
+    rows = sorted(rows, key=lambda r: (longest[r.group] if DEVICE.type == "cuda" else len(r.tokens), r.group))
     size = sum(len(r.tokens) for r in rows)
     m = WORLD * math.ceil(size / (budget * WORLD))
     while True:
@@ -408,14 +411,28 @@ def microbatches(rows, budget):
 
 
 def forward(model, sequences, prompt_lens, temperature=1.0):
-    """(logp, entropy, sum p^2) of the response tokens of `sequences`, end to end. The model sees no padding; an empty list
-    runs one token for nothing, because under FSDP every rank must take part in every pass."""
+    """(logp, entropy, sum p^2) of the response tokens of `sequences`, end to end. The model sees no padding, and what several
+    sequences have before the last token of their prompts only once. An empty list runs one token for nothing, because under
+    FSDP every rank must take part in every pass."""
     if not sequences:
         nothing = model(torch.zeros(1, dtype=torch.long, device=DEVICE), [1], torch.zeros(1, dtype=torch.long, device=DEVICE))
         return [t[:0] for t in nothing]
-    ids = torch.tensor([t for s in sequences for t in s[:-1]], device=DEVICE)
-    targets = torch.tensor([t for s, p in zip(sequences, prompt_lens) for t in [-1] * (p - 1) + s[p:]], device=DEVICE)
-    return model(ids, [len(s) - 1 for s in sequences], targets, temperature)
+    ids, targets, lengths, after, place = [], [], [], [], {}
+
+    def pack(tokens, wanted, parent):
+        ids.extend(tokens)
+        targets.extend(wanted)
+        lengths.append(len(tokens))
+        after.append(parent)
+    prefixes = [tuple(s[:p - 1]) for s, p in zip(sequences, prompt_lens)]
+    times = Counter(prefixes)
+    for prefix, s in zip(prefixes, sequences):
+        k = len(prefix) if times[prefix] > 1 else 0  # tokens that it shares
+        if k and prefix not in place:
+            place[prefix] = len(lengths)
+            pack(prefix, [-1] * k, -1)
+        pack(s[k:-1], [-1] * (len(prefix) - k) + s[len(prefix) + 1:], place[prefix] if k else -1)
+    return model(torch.tensor(ids, device=DEVICE), lengths, torch.tensor(targets, device=DEVICE), temperature, after)
 
 
 def token_stats(model, rows, cfg):
