@@ -79,7 +79,7 @@ def at_an_edge(model, a, b, seed, index):
 
 def test_every_slot_count_and_order_draws_the_same():
     """A response is a function of (weights, prompt, seed, sample index). Other batch shapes round differently, so a response
-    may differ only where its uniform number lies within 1e-5 of a CDF edge; the count is printed (0 of 480 so far)."""
+    may differ only where its uniform number lies within 1e-5 of a CDF edge; the count is printed (0 of 420 here)."""
     model, prompts = build(), some_prompts(40)
     seeds = list(range(100, 140))
     all_at_once = generate(model, prompts, 4, 60, seed=seeds)
