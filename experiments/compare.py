@@ -284,6 +284,7 @@ SHARED = {"countdown": 100}  # all seeds start from the warm start of this one: 
 TABLE = ["grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo"]
 WINNERS = ["raft", "cells only=1100", "cells only=1110", "cells only=0011"]  # GRPO on winners, without losers' valleys, on losers
 EXTRA = ["unclipped", "gspo eps_low=0.03 eps_high=0.04"]  # GSPO's constants are for responses of thousands of tokens
+WIDE = "grpo eps_low=0.45 eps_high=0.45"  # clips about as often as ACPO and is as wide as KL3
 LRS = {2: (3e-4, 1e-3, 3e-3), 16: (1e-4, 3e-4, 1e-3, 3e-3)}  # by updates per rollout
 SEEDS, TUNING = range(8), (100, 101)  # no tuning seed is in a table
 WIDTHS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
@@ -353,7 +354,7 @@ def matched(lines, updates=16, lr=3e-4):
 def named(name, lines):
     """The runs of a named grid. Those of `main`, `controls` and `second` follow from the tuning seeds' lines."""
     if name == "quick":
-        return grid(["grpo", "acpo", "cispo", "grpo eps_low=0.45 eps_high=0.45"], (2, 16), seeds=range(2))
+        return grid(["grpo", "acpo", "cispo", WIDE], (2, 16), seeds=range(2))
     if name == "common":  # one learning rate for all
         return grid(TABLE + EXTRA + WINNERS, seeds=SEEDS)
     if name == "lr":
@@ -372,7 +373,7 @@ def named(name, lines):
     if name == "second_ladder":
         return grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
     if name == "hot":  # a learning rate that is too high for 16 updates: who holds out?
-        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo", "gppo", *WINNERS[1:3]], lrs=(1e-3,))
+        return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo", "gppo", *WINNERS[1:3], WIDE, "unclipped"], lrs=(1e-3,))
     if name == "second":
         return grid(["grpo", "acpo", "kl3", "wapo", "cispo", WINNERS[1]], task="countdown")
     if name == "second_rest":

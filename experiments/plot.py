@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
                      "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 12})
 
-from experiments.compare import BINS, CELLS, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WINNERS, load, matched, mean, pick, tuned
+from experiments.compare import BINS, CELLS, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WIDE, WINNERS, load, matched, mean, pick, tuned
 
 OUT = {"figures": Path(__file__).parent / "figures"}
 T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
@@ -157,7 +157,7 @@ def common_table(lines):
         for updates, lr in sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS and x["loss"] == "wapo"
                                    and not x["measure"] and x["updates"] in (2, 16)}):
             title = f"{task}, {updates} updates per rollout, learning rate {lr:g}"
-            out += scores(lines, f"{title}, for all", [(spec, lr) for spec in TABLE + EXTRA + WINNERS], updates, task)
+            out += scores(lines, f"{title}, for all", [(spec, lr) for spec in TABLE + EXTRA + WINNERS + [WIDE]], updates, task)
             n = [len(runs(lines, spec, updates, lr, task)) for spec in COLORS]
             panels.append((f"{task}, {updates} updates, lr {lr:g}, n = {min(filter(None, n))}", updates, lr, task))
         if panels:
@@ -352,7 +352,8 @@ def wapo(lines):
     ax[0].set_xticks(range(len(steps)), [f"step {s}\nreward {sum(x['cells'][i]['reward'] for x in some) / len(some):.2f}"
                                          for i, s in enumerate(steps)])
     ax[0].set_title(f"entropy change by one step on one cell\n(millinats, chainsum, n = {len(some)})", fontsize=11)
-    ax[0].legend()
+    ax[0].set_ylim(top=25)
+    ax[0].legend(ncols=2, loc="upper left")
     out.append(table(f"WAPO 1: mean entropy change (millinats) of one plain gradient step on one cell, n = {len(some)}",
                      ("step", "reward", "cell", "tokens (%)", "measured", "predicted", "same sign"), rows))
     rows = []
