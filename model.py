@@ -179,7 +179,7 @@ class RMSNorm(nn.Module):
         self.eps_tensor = torch.tensor(eps, device="cpu")
 
     def forward(self, x):  # float32 inside, whatever the weights are
-        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":  # F.rms_norm is a dozen kernels there
+        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":  # F.rms_norm is twice as many kernels there
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             return x * torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt() * self.weight
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
@@ -250,7 +250,8 @@ class Block(nn.Module):
 
 class TokenLogp(torch.autograd.Function):
     """log softmax(h W^T / temperature) at `targets`, with entropy and sum p^2 beside it, in chunks: the (N,V) logits never
-    exist at once, and backward computes them again. Only logp carries gradient. Float32 statistics (float64 stays)."""
+    exist at once, and backward computes them again, unless one chunk holds them all. Only logp carries gradient. Float32
+    statistics (float64 stays)."""
 
     @staticmethod
     def logits(h, W, temperature):
@@ -269,17 +270,18 @@ class TokenLogp(torch.autograd.Function):
             logp[s] = z.gather(1, targets[s, None])[:, 0]
             entropy[s] = -(p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
             sum_p2[s] = p.square_().sum(-1)
-        ctx.save_for_backward(h, W, targets, lse)
+        ctx.save_for_backward(h, W, targets, lse, *([z] if 0 < len(h) <= ctx.chunk else []))
         ctx.mark_non_differentiable(entropy, sum_p2)
         return logp, entropy, sum_p2
 
     @staticmethod
     def backward(ctx, grad, *_):
-        h, W, targets, lse = ctx.saved_tensors
+        h, W, targets, lse, *whole = ctx.saved_tensors
         dh, dW = torch.empty_like(h), torch.zeros_like(W)
         for i in range(0, len(h), ctx.chunk):
             s = slice(i, i + ctx.chunk)
-            dz = TokenLogp.logits(h[s], W, ctx.temperature).sub_(lse[s, None]).exp_().mul_(-grad[s, None])
+            p = whole[0].exp() if whole else TokenLogp.logits(h[s], W, ctx.temperature).sub_(lse[s, None]).exp_()
+            dz = p.mul_(-grad[s, None])
             dz.scatter_add_(1, targets[s, None], grad[s, None].to(dz.dtype))
             dz = dz.div_(ctx.temperature).to(h.dtype)
             dh[s] = dz @ W
