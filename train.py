@@ -154,7 +154,7 @@ def parse() -> Config:
     if cfg.shards_per_replica and world % cfg.shards_per_replica:
         raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: {world} ranks cannot be split into such groups; "
                          f"{math.gcd(world, cfg.shards_per_replica)} would do, or 0")
-    if cfg.offload and world == 1 and DEVICE.type == "cpu":
+    if cfg.offload and WORLD == 1 and DEVICE.type == "cpu" and not cfg.dry_run:
         raise ValueError("--offload: one process on a CPU has nothing to offload from; --offload False")
     probe = torch.zeros(1, 1, requires_grad=True)  # let losses.py itself say what is wrong with a name
     try:
