@@ -228,7 +228,8 @@ def command(run, out):
 
 def one_run(run, commit, results, errors):
     """In a process of its own: train, measure, append the line. A run that breaks off before its end leaves none."""
-    began, seen = time.time(), defaultdict(float, gradient=torch.zeros(4, BINS), spread=torch.zeros(6, BINS), cells=[], ladder={})
+    parent, began = os.getppid(), time.time()
+    seen = defaultdict(float, gradient=torch.zeros(4, BINS), spread=torch.zeros(6, BINS), cells=[], ladder={})
     with tempfile.TemporaryDirectory() as tmp, open(errors, "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -255,7 +256,8 @@ def one_run(run, commit, results, errors):
             "band": [short(sum(m[f"eps_bin{b}"] for m in lines[:EARLY]) / EARLY) for b in range(BINS)] if "eps_bin0" in lines[0] else None,
             **{c: short(sum(m[c] for m in lines) / len(lines)) for c in CELLS},
             "curves": {k: [short(m[k], 3) for m in lines] for k in CURVES}}
-    append(line, results)
+    if os.getppid() == parent:  # else the sweep was killed, and another may be at work
+        append(line, results)
 
 
 def append(line, results):

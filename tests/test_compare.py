@@ -33,7 +33,8 @@ def test_a_tiny_grid_runs_is_killed_and_resumes(tmp_path, monkeypatch):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()  # until its last child has let go of the pipe
+    process.communicate()
+    time.sleep(0.5)  # its children notice
     before = path.read_text()
     path.write_text(before + '{"task": "cha')  # as if the machine had died
     monkeypatch.setattr(sys, "argv", argv)
