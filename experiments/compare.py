@@ -1,6 +1,6 @@
 """Objectives side by side: any grid of losses x updates x lr x seeds x tasks, and what each does to which tokens.
 
-    python experiments/compare.py --quick --jobs 2            # a taste in minutes, in runs/quick; then plot.py runs/quick/compare.jsonl
+    python experiments/compare.py --quick --jobs 2            # a taste, in minutes, into runs/quick
     python experiments/compare.py --grid common --jobs 2      # one of the named grids below; `--grid all`: hours
     python experiments/compare.py --losses grpo "kl3 delta=0.05" --updates 2 16 --lrs 3e-4 --seeds 0 1 2 --flags "--steps 50"
     python experiments/plot.py                                # every figure and table, from the lines alone
@@ -153,7 +153,8 @@ def ladder(seen, model, optimizer, rows, cfg, learn):
     put back: with GRPO's band and with ACPO's."""
     weights, state, sums = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict()), seen.copy()
     for loss, k in ((loss, k) for loss in ("grpo", "acpo") for k in LADDER):
-        got = seen["ladder"].setdefault(f"{loss} {k}", {"gradient": torch.zeros(4, BINS), "spread": torch.zeros(6, BINS), "band": [0.0] * BINS})
+        zeros = {"gradient": torch.zeros(4, BINS), "spread": torch.zeros(6, BINS), "band": [0.0] * BINS}
+        got = seen["ladder"].setdefault(f"{loss} {k}", zeros)
         seen.update(gradient=got["gradient"], spread=got["spread"])
         out = learn(model, None, optimizer, rows, dataclasses.replace(cfg, loss=loss, updates=k))
         got |= {"gradient": seen["gradient"], "spread": seen["spread"],
@@ -253,7 +254,7 @@ def one_run(run, commit, results, errors):
             "gradient": rows(seen["gradient"]), "spread": rows(seen["spread"]), "cells": seen["cells"],
             "ladder": {k: {"gradient": rows(v["gradient"]), "spread": rows(v["spread"]), "band": [short(b) for b in v["band"]]}
                        for k, v in seen["ladder"].items()},
-            "band": [short(sum(m[f"eps_bin{b}"] for m in lines[:EARLY]) / EARLY) for b in range(BINS)] if "eps_bin0" in lines[0] else None,
+            "band": "eps_bin0" in lines[0] and [short(sum(m[f"eps_bin{b}"] for m in lines[:EARLY]) / EARLY) for b in range(BINS)],
             **{c: short(sum(m[c] for m in lines) / len(lines)) for c in CELLS},
             "curves": {k: [short(m[k], 3) for m in lines] for k in CURVES}}
     if os.getppid() == parent:  # else the sweep was killed, and another may be at work
@@ -284,7 +285,8 @@ TASKS = {"chainsum": "--prompts 32 --samples 8 --steps 24",
          "countdown": "--prompts 32 --samples 8 --steps 40 --skill_steps 3000 --habit_steps 0"}
 SHARED = {"countdown": 100}  # all seeds start from the warm start of this one: it costs ten times a run
 TABLE = ["grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo"]
-WINNERS = ["raft", "cells only=1100", "cells only=1110", "cells only=0011"]  # GRPO on winners, without losers' valleys, on losers
+# raft, and GRPO on winners alone, without losers' valleys, on losers alone
+WINNERS = ["raft", "cells only=1100", "cells only=1110", "cells only=0011"]
 EXTRA = ["unclipped", "gspo eps_low=0.03 eps_high=0.04"]  # GSPO's constants are for responses of thousands of tokens
 WIDE = "grpo eps_low=0.45 eps_high=0.45"  # clips about as often as ACPO and is as wide as KL3
 LRS = {2: (3e-4, 1e-3, 3e-3), 16: (1e-4, 3e-4, 1e-3, 3e-3)}  # by updates per rollout
@@ -326,7 +328,7 @@ def tuning(lines, spec, updates, lr, task="chainsum"):
     """The lines of `spec` on the tuning seeds, or the one line that says which grid is missing."""
     some = [x for x in pick(lines, task=task, loss=spec, updates=updates, lr=lr, flags=TASKS[task]) if x["seed"] in TUNING]
     if len(some) < len(TUNING):
-        sys.exit(f"compare.py: {spec} at {updates} updates and lr {lr:g} lacks tuning seeds: run --grid lr and --grid scan first")
+        sys.exit(f"compare.py: {spec} at {updates} updates and lr {lr:g} lacks tuning seeds: first --grid lr, --grid scan")
     return some
 
 
@@ -349,7 +351,8 @@ def matched(lines, updates=16, lr=3e-4):
     out["kl3: same KL"] = band(match(fixed, "kl", mean(at("kl3"), "kl")))
     goal = mean(at(band(0.2)), "clip")
     for kind, deltas in DELTAS.items():
-        out[f"constraint: {kind}"] = f"trust kind={kind} delta={match({d: at(f'trust kind={kind} delta={d:g}') for d in deltas}, 'clip', goal):g}"
+        scan = {d: at(f"trust kind={kind} delta={d:g}") for d in deltas}
+        out[f"constraint: {kind}"] = f"trust kind={kind} delta={match(scan, 'clip', goal):g}"
     return out
 
 
@@ -387,7 +390,8 @@ def named(name, lines):
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "second", "second_rest", "second_low", "second_ladder")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "second", "second_rest",
+         "second_low", "second_ladder")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------
@@ -419,7 +423,8 @@ def sweep(runs, jobs, results):
         os.truncate(results, data.rfind(b"\n") + 1)
     have = {key(line) for line in load(results)}
     todo = list({key(r): r for r in runs if key(r) not in have}.values())
-    starts = {(r["task"], SHARED.get(r["task"], r["seed"]), " ".join(f for f in r["flags"].split("--") if "_steps" in f)): r for r in todo}
+    recipe = lambda r: (r["task"], SHARED.get(r["task"], r["seed"]), *(f for f in r["flags"].split("--") if "_steps" in f))
+    starts = {recipe(r): r for r in todo}
     commit, bad = git_commit(), []
     with tempfile.TemporaryDirectory() as tmp:
         for work, what in ((starts.values(), "warm starts"), (todo, "runs")):

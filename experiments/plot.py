@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
                      "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 12})
 
-from experiments.compare import BINS, CELLS, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WIDE, WINNERS, load, matched, mean, pick, tuned
+from experiments.compare import (BINS, CELLS, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WIDE, WINNERS,
+                                 load, matched, mean, pick, tuned)
 
 OUT = {"figures": Path(__file__).parent / "figures"}
 T95 = (0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
@@ -62,6 +63,18 @@ def pm(m, half, digits=1, sign=False):
     return f"**{text} ± {half:.{digits}f}**" if sign and abs(m) > half else f"{text} ± {half:.{digits}f}"
 
 
+def ci(lines, what, digits=1):
+    return pm(*interval([VALUES[what](x) for x in lines]), digits)
+
+
+def vs(a, b, what, digits=1):
+    return pm(*paired(a, b, VALUES[what])[:2], digits, True)
+
+
+def fallen(lines):
+    return f"{sum(x['collapsed'] for x in lines)} / {len(lines)}"
+
+
 def table(title, head, rows):
     return "\n".join([f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
                       *("| " + " | ".join(map(str, r)) + " |" for r in rows), ""])
@@ -101,9 +114,9 @@ def scores(lines, title, settings, updates, task="chainsum"):
     rows = []
     for spec, lr, some in found if base else []:
         if some:
-            delta = ["", ""] if spec == "grpo" else [pm(*paired(some, base, VALUES[v])[:2], sign=True) for v in ("auc", "final")]
-            rows.append([f"`{spec}`", f"{lr:g}", *(pm(*interval([VALUES[v](x) for x in some])) for v in ("auc", "final")), *delta,
-                         pm(*interval([VALUES["entropy"](x) for x in some]), digits=3), f"{sum(x['collapsed'] for x in some)} / {len(some)}"])
+            delta = ["", ""] if spec == "grpo" else [vs(some, base, v) for v in ("auc", "final")]
+            rows.append([f"`{spec}`", f"{lr:g}", *(ci(some, v) for v in ("auc", "final")), *delta,
+                         ci(some, "entropy", 3), fallen(some)])
     head = ("objective", "lr", "area under curve", "final", "Δ area vs grpo", "Δ final vs grpo", "entropy at end", "collapsed / n")
     return [table(title, head, rows)] if rows else []
 
@@ -156,8 +169,8 @@ def common_table(lines):
     out = []
     for task, reach in (("chainsum", 0), ("countdown", 2)):
         panels = []
-        for updates, lr in sorted({(x["updates"], x["lr"]) for x in lines if x["task"] == task and x["seed"] in SEEDS and x["loss"] == "wapo"
-                                   and not x["measure"] and x["updates"] in (2, 16)}):
+        some = [x for x in pick(lines, task=task, loss="wapo", measure="") if x["seed"] in SEEDS]
+        for updates, lr in sorted({(x["updates"], x["lr"]) for x in some}):
             title = f"{task}, {updates} updates per rollout, learning rate {lr:g}"
             if (task, updates) != ("chainsum", 2):  # that is the first table again
                 out += scores(lines, f"{title}, for all", [(spec, lr) for spec in TABLE + EXTRA + WINNERS + [WIDE]],
@@ -191,8 +204,8 @@ def lr_table(lines):
     ax[0].set_ylabel("final held-out accuracy (%)")
     ax[1].legend(ncols=2)
     finish(fig, "lr")
-    return [table(f"Learning rates, tuning seeds {TUNING}: area / final / collapsed", ("objective", "updates", *(f"{x:g}" for x in every),
-                                                                                      "chosen"), rows)]
+    return [table(f"Learning rates, tuning seeds {TUNING}: area / final / collapsed",
+                  ("objective", "updates", *(f"{x:g}" for x in every), "chosen"), rows)]
 
 
 # ---- 1. ACPO -----------------------------------------------------------------------------------------------------------
@@ -230,8 +243,8 @@ def acpo(lines):
                          *(pm(*v) for v in low), " ".join(f"{v:.2f}" for v in ratio),
                          " ".join(f"{sum(x['band'][b] for x in at['acpo', k]) / len(some):.2f}" for b in range(BINS))])
         tokens = " / ".join(f"{100 * v:.1f}" for v in share(sums["grpo", 1]["spread"][0]))
-        out.append(table(f"ACPO 1: {task}, 1 to 32 updates from the same weights on the same rollout, at each of {EARLY} steps, n = {len(some)}; five "
-                         f"bins of the probability when sampled, p < 0.2 first, which hold {tokens} % of the tokens",
+        out.append(table(f"ACPO 1: {task}, 1 to 32 updates from the same weights on the same rollout, at each of {EARLY} steps, "
+                         f"n = {len(some)}; five bins of the probability when sampled, p < 0.2 first, which hold {tokens} % of the tokens",
                          ("updates", "std of r", "clipped (%)", "clipped per bin (%)", "share of the kept gradient (%)", "of which p < 0.2",
                           "p < 0.2 if nothing were clipped", "std of log r / first order", "ACPO's half width"), rows))
         acpo_figure(some, at, sums, task)
@@ -240,8 +253,10 @@ def acpo(lines):
         a, b = runs(lines, "acpo", k), runs(lines, "grpo", k)
         if a and b:
             d = [paired(a, b, VALUES[v]) for v in ("auc", "final")]
-            rows.append([k, pm(*interval([VALUES["auc"](x) for x in b])), *(pm(*v[:2], sign=True) for v in d), d[0][2]])
-    return out + ([table("ACPO 2: acpo − grpo on chainsum, lr 3e-4", ("updates", "area of grpo", "Δ area", "Δ final", "n"), rows)] if rows else [])
+            rows.append([k, ci(b, "auc"), *(pm(*v[:2], sign=True) for v in d), d[0][2]])
+    if rows:
+        out.append(table("ACPO 2: acpo − grpo on chainsum, lr 3e-4", ("updates", "area of grpo", "Δ area", "Δ final", "n"), rows))
+    return out
 
 
 def acpo_figure(some, at, sums, task):
@@ -251,7 +266,8 @@ def acpo_figure(some, at, sums, task):
     tokens = share(sums["grpo", 1]["spread"][0])
     for b in range(BINS):
         spread, g = [sums["grpo", k]["spread"] for k in LADDER], [sums["grpo", k]["gradient"] for k in LADDER]
-        ax[0].plot(LADDER, [stds(*s[:3])[b] for s in spread], "o-", color=colors[b], label=f"{BIN_NAMES[b]} ({100 * tokens[b]:.0f} % of tokens)")
+        ax[0].plot(LADDER, [stds(*s[:3])[b] for s in spread], "o-", color=colors[b],
+                   label=f"{BIN_NAMES[b]} ({100 * tokens[b]:.0f} % of tokens)")
         measured, predicted = zip(*(first_order(s) for s in spread))
         ax[1].plot([v[b] for v in predicted], [v[b] for v in measured], "o-", color=colors[b], lw=1)
         ax[2].plot(LADDER, [100 * v[1][b] / v[0][b] for v in g], "o-", color=colors[b])
@@ -263,9 +279,9 @@ def acpo_figure(some, at, sums, task):
     ax[1].plot([max(low, 1e-3), high], [max(low, 1e-3), high], color="gray", lw=1, ls=":")
     ax[5].axhline(0.2, color="gray", ls=":", lw=1)
     ax[5].text(32, 0.195, "grpo", ha="right", va="top", color="gray", fontsize=9)
-    for a, title in zip(ax, ("std of the ratio after the updates", "std of log r: measured against first order", "clipped by ±0.2 (% of the bin's tokens)",
-                             "share of the gradient (%): clipped (solid), not (dashed)", "gradient per token, relative to the mean",
-                             "half width of ACPO's band")):
+    for a, title in zip(ax, ("std of the ratio after the updates", "std of log r: measured against first order",
+                             "clipped by ±0.2 (% of the bin's tokens)", "share of the gradient (%): clipped (solid), not (dashed)",
+                             "gradient per token, relative to the mean", "half width of ACPO's band")):
         a.set_title(title)
         if a is not ax[1]:
             a.set_xscale("log", base=2)
@@ -276,7 +292,8 @@ def acpo_figure(some, at, sums, task):
     ax[1].set_xscale("log")
     ax[1].set_xlabel("s · sqrt((1−p)² + Σ p_j²), one s per number of updates")
     ax[0].legend()
-    fig.suptitle(f"{task}: 1 to 32 updates from the same weights on the same rollout, first {EARLY} steps, n = {len(some)}, lr {some[0]['lr']:g}")
+    fig.suptitle(f"{task}: 1 to 32 updates from the same weights on the same rollout, first {EARLY} steps, n = {len(some)}, "
+                 f"lr {some[0]['lr']:g}")
     finish(fig, f"acpo_{task}")
 
 
@@ -309,7 +326,7 @@ def controls(lines):
         a = runs(lines, name, lr=1e-3)
         if a and wide:
             rows.append([f"`{name}`", f"{100 * mean(a, 'clip'):.2f} / {100 * mean(wide, 'clip'):.2f}",
-                         *(pm(*paired(a, wide, VALUES[v])[:2], sign=True) for v in ("auc", "final")),
+                         *(vs(a, wide, v) for v in ("auc", "final")),
                          f"{sum(x['collapsed'] for x in a)} / {sum(x['collapsed'] for x in wide)} of {len(a)} / {len(wide)}"])
     if rows:
         out.append(table(f"Against the fixed band of ±0.45 at learning rate 1e-3, 16 updates, n = {len(wide)}",
@@ -317,13 +334,13 @@ def controls(lines):
     some = {"ratio": "grpo", **{k: specs[f"constraint: {k}"] for k in ("kl3", "kl", "tv")}}
     same = [(k, runs(lines, s)) for k, s in some.items() if runs(lines, s)]
     if len(same) == 4:  # the goal is met on the tuning seeds; the table says what came out on these
-        out.append(table("One-line constraints at the clip rate of ±0.2", ("constraint", "delta", "clip rate (%)", "area", "final",
-                                                                          "entropy at end", "Δ area vs ratio", "Δ entropy at reward 0.8", "n"),
-                         [[k, some[k].split("=")[-1] if k != "ratio" else 0.2, f"{100 * mean(s, 'clip'):.2f}",
-                           *(pm(*interval([VALUES[v](x) for x in s])) for v in ("auc", "final")),
-                           pm(*interval([VALUES["entropy"](x) for x in s]), digits=3),
-                           "" if k == "ratio" else pm(*paired(s, same[0][1], VALUES["auc"])[:2], sign=True),
-                           "" if k == "ratio" else pm(*paired(s, same[0][1], VALUES["at80"])[:2], 3, True), len(s)] for k, s in same]))
+        out.append(table("One-line constraints at the clip rate of ±0.2",
+                         ("constraint", "delta", "clip rate (%)", "area", "final", "entropy at end", "Δ area vs ratio",
+                          "Δ entropy at reward 0.8", "n"), [[k, some[k].split("=")[-1] if k != "ratio" else 0.2, f"{100 * mean(s, 'clip'):.2f}",
+                           *(ci(s, v) for v in ("auc", "final")),
+                           ci(s, "entropy", 3),
+                           "" if k == "ratio" else vs(s, same[0][1], "auc"),
+                           "" if k == "ratio" else vs(s, same[0][1], "at80", 3), len(s)] for k, s in same]))
         forests += [(f"{k} − ratio, equal clip rate", {v: paired(s, same[0][1], f) for v, f in VALUES.items()}, "#888888")
                     for k, s in same[1:]]
     if forests:
@@ -348,18 +365,20 @@ def wapo(lines):
     out, some = [], runs(lines, "grpo", 2, measure="cells")
     if not some:
         return []
-    names, colors = [c.replace("pos_", "winner ").replace("neg_", "loser ") for c in CELLS], ["#2c7fb8", "#7fcdbb", "#d95f0e", "#b0413e"]
+    names = [c.replace("pos_", "winner ").replace("neg_", "loser ") for c in CELLS]
+    colors = ["#2c7fb8", "#7fcdbb", "#d95f0e", "#b0413e"]
     steps, rows = [int(c["step"]) for c in some[0]["cells"]], []
     fig, ax = plt.subplots(1, 3, figsize=(15, 4.4))
     for i, step in enumerate(steps):
         at = [x["cells"][i] for x in some]
-        scale = sum(m * p for a in at for m, p in zip(a["measured"], a["predicted"])) / sum(p * p for a in at for p in a["predicted"])
+        pairs = [(m, p) for a in at for m, p in zip(a["measured"], a["predicted"])]
+        scale = sum(m * p for m, p in pairs) / sum(p * p for _, p in pairs)
         for c in range(4):
             m, half = interval([1e3 * a["measured"][c] for a in at])
             predicted = 1e3 * scale * sum(a["predicted"][c] for a in at) / len(at)
             agree = sum(a["measured"][c] * a["predicted"][c] > 0 for a in at)
-            rows.append([step, f"{sum(a['reward'] for a in at) / len(at):.2f}", names[c], f"{100 * sum(a['share'][c] for a in at) / len(at):.1f}",
-                         pm(m, half, 2, True), f"{predicted:+.2f}", f"{agree} / {len(at)}"])
+            rows.append([step, f"{sum(a['reward'] for a in at) / len(at):.2f}", names[c],
+                         f"{100 * sum(a['share'][c] for a in at) / len(at):.1f}", pm(m, half, 2, True), f"{predicted:+.2f}", f"{agree} / {len(at)}"])
             ax[0].bar(i + 0.2 * (c - 1.5), m, 0.18, yerr=half, color=colors[c], capsize=2, label=names[c] if not i else None)
             ax[0].plot(i + 0.2 * (c - 1.5), predicted, "kD", ms=4, label="predicted, free logits" if not i and not c else None)
     ax[0].axhline(0, color="black", lw=0.8)
@@ -380,10 +399,10 @@ def wapo(lines):
             curve = smooth(s, "reward", 1)
             a.plot(range(1, len(curve) + 1), curve, color=NAME_COLORS[spec], lw=1.8, label=NAMES[spec])
             late = paired(s, base, lambda x: 100 * sum(x["curves"]["reward"][-5:]) / 5)
-            rows.append([f"{task}, lr {lr:g}", NAMES[spec], pm(*interval([VALUES["auc"](x) for x in s])),
-                         pm(*interval([VALUES["final"](x) for x in s])), *(["", ""] if spec == "grpo" else [
-                             pm(*paired(s, base, VALUES["final"])[:2], sign=True), pm(*late[:2], sign=True)]),
-                         pm(*interval([VALUES["entropy"](x) for x in s]), digits=3), f"{sum(x['collapsed'] for x in s)} / {len(s)}"])
+            rows.append([f"{task}, lr {lr:g}", NAMES[spec], ci(s, "auc"),
+                         ci(s, "final"), *(["", ""] if spec == "grpo" else [
+                             vs(s, base, "final"), pm(*late[:2], sign=True)]),
+                         ci(s, "entropy", 3), fallen(s)])
         a.set_title(f"reward: {task}, learning rate {lr:g}\n(16 updates, n = {len(base)}, three-step means)", fontsize=11)
         a.set_xlabel("step")
         a.legend()
@@ -399,8 +418,9 @@ def main():
         sys.exit(f"plot.py: {source} does not exist: experiments/compare.py writes it")
     OUT["figures"] = OUT["figures"] if source == RESULTS else source.parent
     lines = load(source)
-    parts = [f"{len(lines)} runs, {sum(x['cpu_seconds'] for x in lines) / 3600:.1f} CPU-hours. Mean ± half width of the 95 % interval over "
-             "seeds; differences are paired by seed, bold where the interval excludes zero. Made by experiments/plot.py.\n"]
+    hours = sum(x["cpu_seconds"] for x in lines) / 3600
+    parts = [f"{len(lines)} runs, {hours:.1f} CPU-hours. Mean ± half width of the 95 % interval over seeds; differences are "
+             "paired by seed, bold where the interval excludes zero. Made by experiments/plot.py.\n"]
     for part in (main_table, common_table, lr_table, acpo, controls, wapo):
         try:
             parts += part(lines)
