@@ -28,6 +28,10 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None
 
 SHARD_BYTES = 5 * 10**9  # a safetensors file of a saved checkpoint
 LOGITS_CHUNK = 2**26  # elements of float32 logits alive at once in the head: 256 MB
@@ -115,7 +119,7 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         if flash_attn_varlen_func is not None:
             return "flash-attn"
-        if hasattr(torch.nn.attention, "varlen"):
+        if varlen_attn is not None:
             return "torch varlen"
     return "sdpa"
 
@@ -164,7 +168,6 @@ def varlen(kernel, q, k, v, cu_q, cu_k, longest_q, longest_k):
     tokens of a sequence where it has more keys."""
     if kernel == "flash-attn":
         return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=True)
-    from torch.nn.attention.varlen import varlen_attn
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # torch 2.11 has no enable_gqa
     new = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 and later
     return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **({"window_size": (-1, 0)} if new else {"is_causal": True}))
@@ -299,6 +302,7 @@ class Model(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.inv_freq = inverse_frequencies(config)  # a plain attribute: no weight, and never cast to bfloat16
+        self.whole = False  # True: under FSDP all weights are gathered; call the blocks past its hooks (train.whole_weights)
         self.recompute = False  # True: keep only each block's input for backward (a third more compute, far less memory)
         self.source: Path | None = None  # the directory it came from, whose tokenizer a save copies along
 
@@ -344,7 +348,7 @@ class Model(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend, i)
+                x = (layer.forward if self.whole else layer)(x, cos, sin, attend, i)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -488,6 +492,8 @@ def replace_directory(aside: Path, directory: Path) -> None:
 def find_checkpoint(path_or_hub_id) -> Path:
     """The directory of a checkpoint: local, or fetched from the hub (or its cache). One clear line if there is none."""
     path = Path(path_or_hub_id)
+    if (path / "latest").is_file():  # a run directory of train.py: its newest checkpoint
+        path = path / (path / "latest").read_text()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path}: no config.json here; a checkpoint directory holds config.json and *.safetensors")

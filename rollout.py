@@ -41,6 +41,10 @@ CDF_BLOCK = 64  # tokens summed first, so that only one block of the vocabulary 
 GRAPH_AFTER = 3  # eager steps of one shape before it is captured: they warm it up, and a shape used less is not worth it
 
 
+class Cancelled(Exception):
+    """generate() was told to stop; nothing of it is left."""
+
+
 @dataclass
 class Rollout:
     tokens: list[int]  # prompt + response, with the EOS if there is one
@@ -133,8 +137,8 @@ class Cache:
         self.start = torch.arange(slots, device=w.device)[:, None] * length  # of each slot, and each KV head of a slot, in flat
         if self.kernel == "bmm":
             self.start = self.start * self.heads + torch.arange(self.heads, device=w.device) * length
-        # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
         self.views = None, None  # of the last step: made again only when its shape changes
+        # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
         self.unseen = w.new_full((slots, self.heads, 1, length), -torch.inf) if self.kernel == "bmm" else None
 
     def where(self, rows, at):
@@ -197,7 +201,7 @@ def capture(step, pool):
     """A CUDA graph of step(); it is recorded, not run."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # a checkpoint may be copying in another thread
         step()
     return graph
 
@@ -306,11 +310,12 @@ def stop_tokens(stop, tokenizer, vocab_size):
 def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
              top_p: float = 1.0, seed: int | list[int] = 0, eos_ids: list[int] | None = None, *, top_k: int = 0,
              min_new_tokens: int = 0, stop: tuple[str, ...] = (), tokenizer=None, slots: int | None = None,
-             kv_tokens: int | None = None, progress: bool = False, on_token=None) -> list[Rollout]:
+             kv_tokens: int | None = None, progress: bool = False, on_token=None, cancel=lambda: False) -> list[Rollout]:
     """n samples of each prompt (token ids), prompt-major. `seed`: one int, or one per prompt. `eos_ids`: None is the
     model's own, [] is none. `stop` strings (need `tokenizer`) end a response and stay in it. `kv_tokens` bounds the cache
     (default: 60 % of free GPU memory, 2 GiB on CPU), `slots` the rows decoded at once. Raises ValueError before any work
-    if a request cannot fit. on_token(request, token) is called for each token: for streaming."""
+    if a request cannot fit. on_token(request, token) is called for each token: for streaming. cancel() is asked at least
+    every 64 steps; where it says True, Cancelled is raised."""
     device, c = model.embed_tokens.weight.device, model.config
     if not prompts:
         return []
@@ -345,10 +350,10 @@ def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens:
     watched = stop_tokens(stop, tokenizer, c.vocab_size).to(device) if stop else None
     with model.joined() if device.type == "cpu" else nullcontext():  # a graph makes up for many small matmuls on CUDA
         decoder = Decoder(model, slots, length, goes_on.to(device), (temperature, top_k, top_p), min_new_tokens, watched)
-        return run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token)
+        return run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token, cancel)
 
 
-def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token) -> list[Rollout]:
+def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token, cancel) -> list[Rollout]:
     """The host's side: requests into slots, steps, results out of slots."""
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
     results: list[Rollout | None] = [None] * len(waiting)
@@ -396,9 +401,11 @@ def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progre
                     break
         decoder.hint[:live] = 0
 
-    live = tokens = 0  # slots [0, live) hold sequences
+    slots, live, tokens = len(decoder.base), 0, 0  # slots [0, live) hold sequences
     with tqdm(total=len(results), desc="rollout", unit="seq", disable=not progress, leave=False) as bar:
         while waiting or live:
+            if cancel():
+                raise Cancelled
             _, position, first, _, alive, _ = decoder.state[:, :live].tolist()
             over = [row for row in range(live) if not alive[row]]
             for row in over:
@@ -412,7 +419,6 @@ def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progre
                 now = tokens + sum(position) - sum(first) - sum(position[r] - first[r] for r in over)
                 bar.set_postfix_str(f"{now / bar.format_dict['elapsed']:.0f} tok/s", refresh=False)
             bar.update(len(over))
-            slots = len(decoder.base)
             free, admitted = over + list(range(live, slots)), 0
             while waiting and admitted < len(free):
                 admitted += admit(free[admitted:])

@@ -8,7 +8,7 @@
 
 Without --model a small Qwen2 is built for a procedural task and warm-started on demonstrations, so that the reward has
 something to select from. Every rank holds all rollouts of a step (token ids are small) and computes the same plan of
-mini-batches and micro-batches from them, so no rank ever waits for a decision of another.
+mini-batches and micro-batches from them, so that nobody has to hand out work.
 """
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -44,7 +44,7 @@ import losses
 from experiments.warm_start import new_model
 from model import Model, attention_kernel, replace_directory
 from rewards import Scorer
-from rollout import generate
+from rollout import Cancelled, generate
 
 
 def flag(default, text):
@@ -114,6 +114,7 @@ class Config:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 MAIN = RANK == 0
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+KERNEL = attention_kernel(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
 METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl grad_norm zero_groups truncated
 no_answer unparsable timeout error skipped refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max
 rollout_tps update_tps seconds""".split()
@@ -136,7 +137,7 @@ def parse() -> Config:
         saved = json.loads((out / "config.json").read_text()) | {"out": str(out)}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
     cfg, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    for name in ("model", "data", "width", "layers", "seed") if known.resume else ():
+    for name in ("model", "data", "width", "layers", "skill_steps", "habit_steps", "seed") if known.resume else ():
         if getattr(cfg, name) != saved.get(name, getattr(cfg, name)):
             raise ValueError(f"--resume: --{name} was {saved[name]!r} in this run and cannot become {getattr(cfg, name)!r}")
     if rest:
@@ -263,17 +264,17 @@ def load_model(source, cfg) -> Model:
 
 @contextmanager
 def whole_weights(model):
-    """Under FSDP, keep every block's weights gathered inside: sampling takes thousands of forwards, of different number on
-    every rank, none of which may wait for a collective."""
+    """Under FSDP, keep every block's weights gathered inside and call the blocks past its hooks: sampling takes thousands of
+    forwards, of different number on every rank, none of which may wait for a collective or leave a trace of its order."""
     units = [m for m in model.modules() if hasattr(m, "unshard")]
     for m in units:
         m.unshard()
-        m.set_reshard_after_forward(False, recurse=False)
+    model.whole = True
     try:
         yield
     finally:
+        model.whole = False
         for m in units:
-            m.set_reshard_after_forward(m is not model, recurse=False)
             m.reshard()
 
 
@@ -307,25 +308,17 @@ class Row:
         return len(self.tokens) - self.prompt_len
 
 
-class Dropped(Exception):
-    """A signal came while a step was still sampling: nothing has changed yet, the step need not be finished."""
-
-
 def sample(model, problems, seeds, n, cfg, tokenizer, scorer, droppable=False) -> list[Row]:
     """n scored responses to each of `problems`, (Problem, text, ids), problem-major, on every rank; the prompts are spread
-    over the ranks. Raises Dropped, if `droppable`, on every rank as soon as one of them was told to stop."""
+    over the ranks. Raises Cancelled, if `droppable`, on every rank once one of them was told to stop."""
     mine = range(RANK, len(problems), WORLD)
-    try:
-        SIGNALS["drop"] = droppable
-        with whole_weights(model), torch.compiler.set_stance("force_eager") if cfg.compile else nullcontext():
-            rollouts = generate(model, [problems[i][2] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
-                                seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
-                                kv_tokens=cfg.kv_tokens or None, progress=MAIN and cfg.max_new_tokens > 256)
-        SIGNALS["drop"] = False
-    except Dropped:
-        rollouts = None
-    if any(gather([rollouts is None])):
-        raise Dropped
+    stopping = lambda: droppable and bool(TOLD_TO_STOP)
+    with whole_weights(model), suppress(Cancelled):
+        rollouts = generate(model, [problems[i][2] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
+                            seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
+                            kv_tokens=cfg.kv_tokens or None, progress=MAIN and cfg.max_new_tokens > 256, cancel=stopping)
+    if any(gather([stopping()])):
+        raise Cancelled
     texts = tokenizer.batch_decode([r.tokens[r.prompt_len:] for r in rollouts], skip_special_tokens=True)
     which = [i for i in mine for _ in range(n)]
     grades = scorer([(problems[i][0].task, text, problems[i][0].answer) for i, text in zip(which, texts)])
@@ -333,17 +326,15 @@ def sample(model, problems, seeds, n, cfg, tokenizer, scorer, droppable=False) -
     return sorted(rows, key=lambda row: row.group)  # stable: a group's samples stay in order, whoever drew them
 
 
-SIGNALS = {"stop": False, "drop": False}  # told to stop; and whether that may interrupt what is being done
+TOLD_TO_STOP = []  # when
 
 
 def on_signal(*args):
-    """Drop the step or finish it, save, say how to go on. A second signal breaks off at once."""
-    if SIGNALS["stop"]:
+    """Drop the step that is sampling, or finish it, save, say how to go on. A second signal breaks off at once, unless it comes
+    within 5 s: launchers and schedulers pass on one and the same SIGTERM twice."""
+    TOLD_TO_STOP.append(time.time())
+    if TOLD_TO_STOP[-1] - TOLD_TO_STOP[0] > 5:
         signal.default_int_handler(*args)
-    SIGNALS["stop"] = True
-    if SIGNALS["drop"]:
-        SIGNALS["drop"] = False
-        raise Dropped
 
 
 def draw_problems(problems, at, count, cfg):
@@ -395,9 +386,9 @@ def minibatches(rows, cfg):
 def microbatches(rows, budget):
     """Rows cut into bins of equal tokens, at most `budget` unless one row alone is longer. Their number is a multiple of the
     ranks, rank r takes bins r, r + WORLD, ...: equal work; a bin may be empty. Neighbours are of like length, for padded
-    attention; where nothing is padded (CUDA), samples of a prompt stay together, so that it is computed once."""
+    attention; where nothing is padded, samples of a prompt stay together, so that it is computed once."""
     longest = {r.group: len(r.tokens) for r in sorted(rows, key=lambda r: len(r.tokens))}
-    rows = sorted(rows, key=lambda r: (longest[r.group] if DEVICE.type == "cuda" else len(r.tokens), r.group))
+    rows = sorted(rows, key=lambda r: (longest[r.group] if KERNEL != "sdpa" else len(r.tokens), r.group))
     size = sum(len(r.tokens) for r in rows)
     m = WORLD * math.ceil(size / (budget * WORLD))
     while True:
@@ -532,9 +523,9 @@ def learn(model, reference, optimizer, rows, cfg) -> dict:
     sums = {k: sum(p[k] for p in parts) for k in sorted({k for p in parts for k in p})}
     finite = [n for n in norms if math.isfinite(n)]
     tokens, compared = sums.pop("tokens", 0), sums.pop("sampler_tokens", 0)
-    kl, _ = sums.pop("sampler_kl", 0.0) / max(1, compared), sums.pop("max_gap", 0.0)
-    return {k: v / tokens for k, v in sums.items()} | {
-        "sampler_kl": kl, "sampler_max": max(p["max_gap"] for p in parts), "skipped": len(norms) - len(finite),
+    kl = sums.pop("sampler_kl", 0.0)
+    return {k: v / tokens for k, v in sums.items() if k != "max_gap"} | {
+        "sampler_kl": kl / max(1, compared), "sampler_max": max(p["max_gap"] for p in parts), "skipped": len(norms) - len(finite),
         "grad_norm": sum(finite) / len(finite) if finite else None}
 
 
@@ -625,6 +616,8 @@ def train(cfg: Config):
     if cfg.resume:
         if (out / "latest").is_file():
             done, position = restore(out, model, optimizer)
+            for group, decay in zip(optimizer.param_groups, (cfg.weight_decay, 0.0)):  # the checkpoint brought its own
+                group.update(betas=(0.9, cfg.beta2), weight_decay=decay)
             saved = done
         if done >= cfg.steps:
             raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {done} already; give a larger --steps")
@@ -632,13 +625,12 @@ def train(cfg: Config):
             history = rewind(out, done)
     if MAIN:  # from here on the directory holds a run
         (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
-        tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters on {WORLD} x {DEVICE.type}, attention: "
-                   f"{attention_kernel(DEVICE, torch.bfloat16 if DEVICE.type == 'cuda' else torch.float32)}; "
+        tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters on {WORLD} x {DEVICE.type}, attention: {KERNEL}; "
                    f"loss {cfg.loss}; run directory {out}")
         if cfg.samples == 1 and (cfg.advantage or losses.OBJECTIVES[cfg.loss].advantage) not in ("reward", "signed"):
             tqdm.write("--samples 1: a group of one has no baseline, every advantage is 0; try --advantage signed")
 
-    SIGNALS.update(stop=False, drop=False)
+    TOLD_TO_STOP.clear()
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, on_signal)
     scorer, bad, drawn, finish = Scorer(workers=2), 0, 0.0, None
@@ -657,7 +649,7 @@ def train(cfg: Config):
                     metrics["eval"] = evaluate(droppable=True)
                 t1 = time.time()
                 rows, seen, position = collect(model, problems, position, cfg, tokenizer, scorer)
-            except Dropped:
+            except Cancelled:  # nothing has changed yet
                 break
             t2 = time.time()
             for group in optimizer.param_groups:
@@ -676,7 +668,7 @@ def train(cfg: Config):
             show(bar, history)
             if finish:
                 finish = finish()  # what was saved while this step ran
-            stopping = any(gather([SIGNALS["stop"]]))
+            stopping = any(gather([bool(TOLD_TO_STOP)]))
             bad = bad + 1 if learned["skipped"] else 0
             if bad == 3:
                 if MAIN:
@@ -745,8 +737,7 @@ def main():
             dist.init_process_group("gloo", timeout=timedelta(minutes=30))
         train(cfg)
     except (ValueError, OSError, SafetensorError, CheckpointException) as e:
-        with suppress(OSError, AttributeError):
-            Path(cfg.out or ".").rmdir()  # nothing in it yet: leave no empty run behind (fails if there is something)
+        leave_no_empty_run(cfg)
         fail(str(e) or type(e).__name__)
     except torch.OutOfMemoryError as e:
         fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower --tokens_per_microbatch or --kv_tokens, add --recompute or --offload")
@@ -754,10 +745,16 @@ def main():
         traceback.print_exc()
         fail(f"{str(e).splitlines()[0]}. What was saved is whole: go on with --resume --out {cfg.out}")
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on from the last checkpoint")
+        leave_no_empty_run(cfg)
+        fail("interrupted; --resume goes on from the last checkpoint, if there is one")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave_no_empty_run(cfg):
+    with suppress(OSError, AttributeError):
+        Path(cfg.out or ".").rmdir()  # fails if there is something in it
 
 
 def fail(why):

@@ -326,3 +326,20 @@ def test_a_killed_save_leaves_the_old_checkpoint(checkpoint, monkeypatch):
         Model.from_scratch(dict(SIZES, model_type="qwen2"), seed=4).save_pretrained(checkpoint)
     assert (checkpoint / "model.safetensors").read_bytes() == before
     shutil.rmtree(checkpoint)
+
+
+def test_cuda_without_flash_attn_gets_pytorchs_packed_kernel():
+    """In a fresh interpreter: a submodule that nobody imported once made every such run pad."""
+    say = ("import sys, torch; sys.modules['flash_attn'] = None; import model; "
+           "print(model.attention_kernel(torch.device('cuda'), torch.bfloat16))")
+    out = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert out.stdout.strip() == "torch varlen", out.stderr
+
+
+def test_a_run_directory_stands_for_its_newest_checkpoint(tmp_path):
+    (tmp_path / "step-000002").mkdir()
+    (tmp_path / "step-000002/config.json").write_text("{}")
+    (tmp_path / "step-000002/model.safetensors").touch()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "latest").write_text("step-000002")
+    assert find_checkpoint(tmp_path) == tmp_path / "step-000002"

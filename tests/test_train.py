@@ -264,6 +264,28 @@ def test_a_signal_while_sampling_drops_the_step_on_every_rank(run, tmp_path):
     assert untimed("r") == untimed("whole") and same_weights("r", "whole")
 
 
+def test_the_same_signal_twice_is_one_signal(run, tmp_path):
+    """Launchers and schedulers both pass a SIGTERM on: the second must not break off the save."""
+    p, = start(tmp_path, *TINY, "--steps", 400, "--out", "r")
+    wait_for_lines(tmp_path / "r/metrics.jsonl", 2)
+    p.terminate()
+    time.sleep(0.01)
+    p.terminate()
+    finish([p])
+    assert Path("r/latest").read_text() == f"step-{len(metrics('r')):06d}"
+
+
+def test_resume_takes_what_is_typed_now(run, monkeypatch):
+    """The optimizer's own settings come back with its states; flags that are typed go before them."""
+    run(*TINY, "--out", "r")
+    seen, real = [], train.save
+    monkeypatch.setattr(train, "save", lambda out, step, position, model, optimizer, cfg: (
+        seen.extend((g["betas"], g["weight_decay"], g["lr"]) for g in optimizer.param_groups),
+        real(out, step, position, model, optimizer, cfg))[1])
+    run("--out", "r", "--resume", "--steps", 3, "--beta2", 0.5, "--weight_decay", 0.3, "--lr", 1e-5)
+    assert seen == [((0.9, 0.5), 0.3, 1e-5), ((0.9, 0.5), 0.0, 1e-5)]
+
+
 def test_a_rank_that_dies_ends_the_others_with_a_line(tmp_path):
     ranks = start(tmp_path, *TINY, "--steps", 500, "--save_every", 2, "--out", "r", world=2)
     wait_for_lines(tmp_path / "r/metrics.jsonl", 3)
@@ -300,6 +322,14 @@ def test_saving_beside_the_next_step_saves_what_was(run, monkeypatch):
 
 
 # ---- the same numbers, however the work is split ---------------------------------------------------------------------------
+
+def test_more_ranks_than_prompts(run, tmp_path):
+    """A rank without a prompt samples nothing, and takes part in every collective all the same."""
+    flags = [*TINY, "--loss", "grpo", "--prompts", 2, "--updates", 1, "--steps", 3]
+    run(*flags, "--out", "one")
+    finish(start(tmp_path, *flags, "--out", "many", world=3), seconds=60)
+    assert_equal_runs("one", "many", 1e-3)
+
 
 SPLIT = [*TINY, "--steps", 3, "--prompts", 5, "--tokens_per_microbatch", 60]
 
