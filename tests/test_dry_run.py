@@ -57,7 +57,8 @@ dist.destroy_process_group()
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory as Linux tells it")
 @pytest.mark.parametrize("case", [
-    dict(recompute=False), dict(recompute=True, vocab_size=65536, tokens=1024),
+    dict(recompute=False),
+    pytest.param(dict(recompute=True, vocab_size=65536, tokens=1024), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True, hidden_size=768, intermediate_size=3072, tokens=512), marks=pytest.mark.slow)])
 def test_tracked_peak_is_what_a_process_takes(case):
@@ -79,6 +80,7 @@ def measure(gpus=4, tokens=2048, **how):
     return dry_run.measure(SMALL, gpus, tokens, 64, 192, **how)
 
 
+@pytest.mark.slow
 def test_numbers_move_as_they_must():
     base = measure()
     parts = base["categories"]

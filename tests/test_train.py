@@ -355,7 +355,8 @@ def test_two_processes_equal_one(run, tmp_path):
 
 
 @pytest.mark.parametrize("world, flags", [
-    (2, ("--shards_per_replica", 1)), (2, ("--offload",)), (3, ()), (4, ("--shards_per_replica", 2, "--old_logp", "trainer"))])
+    (2, ("--shards_per_replica", 1)), (2, ("--offload",)), (3, ()),
+    pytest.param(4, ("--shards_per_replica", 2, "--old_logp", "trainer"), marks=pytest.mark.slow)])
 def test_other_splits_equal_one_process_too(run, tmp_path, world, flags):
     """HSDP, weights in CPU memory, 3 ranks with uneven work, 4 ranks as two replicas of two shards."""
     run(*SPLIT, "--out", "one", *(flags[2:] if "--old_logp" in flags else ()))
