@@ -135,14 +135,11 @@ def causal(lengths: list[int], device, dtype=torch.float32, after: list[int] | N
     row = torch.repeat_interleave(arange(len(n)), n, output_size=sum(lengths))
     positions = arange(sum(lengths)) - start[row] + prefix[row]
     continued = set(after) - {-1}
-    if kernel == "sdpa":  # what is continued needs no row of its own
-        which = [i for i in range(len(n)) if i not in continued]
-    else:
-        which = range(len(n))
+    which = [i for i in range(len(n)) if kernel != "sdpa" or i not in continued]  # padded, what is continued needs no row
     full = [lengths[i] + (lengths[after[i]] if after[i] >= 0 else 0) for i in which]
     T, parent = max(full), start[torch.tensor(after, device=device)]
     # for each token of the whole sequences, one after the other: its sequence, its place there, where it stands in the list
-    whole, which = torch.tensor(full, device=device), torch.tensor(list(which), device=device)
+    whole, which = torch.tensor(full, device=device), torch.tensor(which, device=device)
     row = torch.repeat_interleave(arange(len(whole)), whole, output_size=sum(full))
     t, of = arange(sum(full)) - (whole.cumsum(0) - whole)[row], which[row]
     token = t + torch.where(t < prefix[of], parent[of], (start - prefix)[of])
