@@ -179,19 +179,14 @@ class RMSNorm(nn.Module):
         self.eps_tensor = torch.tensor(eps, device="cpu")
 
     def forward(self, x):  # float32 inside, whatever the weights are
-        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":  # F.rms_norm is twice as many kernels there
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return x * torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt() * self.weight
+        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":
+            return rms_normalise(x, self.eps_tensor) * self.weight
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def join(*linears):
-    """The outputs of all `linears` side by side in one matmul, with a copy of their weights."""
-    W = torch.cat([p.weight for p in linears]).T.contiguous()
-    if linears[0].bias is None:
-        return lambda x: x.mm(W)
-    b = torch.cat([p.bias for p in linears])
-    return lambda x: torch.addmm(b, x, W)
+def rms_normalise(x, eps):  # on a CPU F.rms_norm is twice as many kernels
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt()
 
 
 def rotate(x, cos, sin):
@@ -204,21 +199,16 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim, h = c.head_dim, c.head_dim
-        self.heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * h, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * h, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * h, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * h, c.hidden_size, bias=c.o_bias)
         self.q_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.joined = None  # see Model.joined
 
-    def forward(self, x, cos, sin, attend, layer):
-        if self.joined:
-            q, k, v = self.joined(x).view(len(x), -1, self.head_dim).split_with_sizes(self.heads, 1)
-        else:
-            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
+    def forward(self, x, rope, attend, layer):
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), *rope).split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
 
@@ -228,11 +218,9 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-        self.joined = None  # see Model.joined
 
     def forward(self, x):
-        gate, up = self.joined(x).chunk(2, -1) if self.joined else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -243,9 +231,36 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+    def forward(self, x, rope, attend, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def fused(b: Block, c: Config):
+    """Block b's forward for sampling on a CPU, in 20 kernels instead of 34: with few rows their number is what costs. Copies of
+    the weights: q, k, v and gate, up as one matrix each, the norm's weight multiplied into it; the two halves of a query or
+    key interleaved, so that rotating is one complex product (no score depends on their order). Matmuls add the residual."""
+    a, h, heads = b.self_attn, c.head_dim, c.num_attention_heads
+    interleave = lambda t: t.unflatten(0, (-1, 2, h // 2)).transpose(1, 2).flatten(0, 2)  # (heads * h, ...)
+    side_by_side = lambda norm, *weights: (torch.cat(weights) * norm.weight).T.contiguous()
+    qkv = side_by_side(b.input_layernorm, interleave(a.q_proj.weight), interleave(a.k_proj.weight), a.v_proj.weight)
+    bias = torch.cat([interleave(a.q_proj.bias), interleave(a.k_proj.bias), a.v_proj.bias]) if c.qkv_bias else qkv.new_zeros(1)
+    gate_up = side_by_side(b.post_attention_layernorm, b.mlp.gate_proj.weight, b.mlp.up_proj.weight)
+    o, down = a.o_proj.weight.T, b.mlp.down_proj.weight.T
+    qk_norm = c.qk_norm and torch.cat([interleave(n.weight).expand(k, h) for n, k in
+                                       ((a.q_norm, heads), (a.k_norm, c.num_key_value_heads))])
+    eps = b.input_layernorm.eps_tensor
+
+    def forward(x, rope, attend, layer):
+        y = torch.addmm(bias, rms_normalise(x, eps), qkv).view(len(x), -1, h)
+        qk, v = y.split((y.shape[1] - c.num_key_value_heads, c.num_key_value_heads), 1)
+        if c.qk_norm:
+            qk = rms_normalise(qk, eps) * qk_norm
+        qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * rope[0]).flatten(-2)
+        x = torch.addmm(x + a.o_proj.bias if c.o_bias else x, attend(layer, qk[:, :heads], qk[:, heads:], v).flatten(1), o)
+        gate, up = rms_normalise(x, eps).mm(gate_up).chunk(2, -1)
+        return torch.addmm(x, F.silu(gate, inplace=True).mul_(up), down)
+    return forward
 
 
 class TokenLogp(torch.autograd.Function):
@@ -300,6 +315,7 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.inv_freq = inverse_frequencies(config)  # a plain attribute: no weight, and never cast to bfloat16
         self.whole = False  # True: under FSDP all weights are gathered; call the blocks past its hooks (train.whole_weights)
+        self.fused = None  # see for_sampling
         self.recompute = False  # True: keep only each block's input for backward (a third more compute, far less memory)
         self.source: Path | None = None  # the directory it came from, whose tokenizer a save copies along
 
@@ -316,36 +332,33 @@ class Model(nn.Module):
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
     @contextmanager
-    def joined(self):
-        """Inside: q, k, v and gate, up of each layer are one matrix each, a copy. A sampler calls few rows at a time, where
-        the number of matmuls counts; the parameters stay as they are."""
+    def for_sampling(self):
+        """Inside, on a CPU in float32, the blocks are fused(): another form of the same function, for inference alone."""
         try:
-            with torch.no_grad():
-                for b in self.layers:
-                    b.self_attn.joined = join(b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj)
-                    b.mlp.joined = join(b.mlp.gate_proj, b.mlp.up_proj)
+            W = self.embed_tokens.weight
+            if W.device.type == "cpu" and W.dtype == torch.float32:
+                with torch.no_grad():
+                    self.fused = [fused(b, self.config) for b in self.layers]
             yield
         finally:
-            for b in self.layers:
-                b.self_attn.joined = b.mlp.joined = None
+            self.fused = None
 
     def rope(self, positions):
-        """(cos, sin) of the rotary embedding at `positions` (N,), as rotate() takes them."""
+        """The rotary embedding at `positions` (N,): (cos, sin) as rotate() takes them, or as complex numbers for fused()."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         angle, dtype = positions[:, None, None].float() * self.inv_freq, self.embed_tokens.weight.dtype
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return (torch.complex(cos, sin),) if self.fused else (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
     def body(self, ids, positions, attend, rope=None):
         """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,); `rope` is rope(positions) if already there."""
-        x = self.embed_tokens(ids)
-        cos, sin = rope or self.rope(positions)
-        for i, layer in enumerate(self.layers):
+        x, rope = self.embed_tokens(ids), rope or self.rope(positions)
+        for i, layer in enumerate(self.fused or self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, i, use_reentrant=False)
+                x = checkpoint(layer, x, rope, attend, i, use_reentrant=False)
             else:
-                x = (layer.forward if self.whole else layer)(x, cos, sin, attend, i)
+                x = (layer.forward if self.whole and not self.fused else layer)(x, rope, attend, i)
         return self.norm(x)
 
     def logits(self, hidden):

@@ -17,7 +17,6 @@ import hashlib
 import math
 import sys
 from collections import Counter, deque
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 
@@ -132,30 +131,31 @@ class Cache:
             self.kv = torch.from_numpy(zeros).view(w.dtype).view(shape)
         else:
             self.kv = w.new_zeros(shape)  # zeros: never nan where nothing was written
-        self.width = h if self.kernel == "bmm" else self.heads * h  # what lies together of one token
-        self.flat = [[x.view(-1, self.width) for x in layer] for layer in self.kv]
-        self.start = torch.arange(slots, device=w.device)[:, None] * length  # of each slot, and each KV head of a slot, in flat
-        if self.kernel == "bmm":
-            self.start = self.start * self.heads + torch.arange(self.heads, device=w.device) * length
+        groups, self.width = (self.heads, h) if self.kernel == "bmm" else (1, self.heads * h)  # `width` numbers of a token lie together
+        self.flat = [layer.view(-1, self.width) for layer in self.kv]
+        start = torch.arange(2 * slots * groups, device=w.device) * length
+        self.start = start.view(2, slots, groups).transpose(0, 1).flatten(1).contiguous()  # in flat, of a slot's keys, then values
         self.views = None, None  # of the last step: made again only when its shape changes
         # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
         self.unseen = w.new_full((slots, self.heads, 1, length), -torch.inf) if self.kernel == "bmm" else None
 
     def where(self, rows, at):
-        """Index of places `at` (M,) of slots `rows` (M,) in `flat`."""
-        return (self.start[rows] + at[:, None]).flatten()
+        """Indices in `flat` of places `at` (M,) of slots `rows` (M,): of the keys, then of the values."""
+        return self.start[rows] + at[:, None]
 
     def store(self, layer, where, k, v):
         """k, v (M,Hkv,h) of M tokens at `where`."""
-        K, V = self.flat[layer]
-        K.index_copy_(0, where, k.reshape(-1, self.width))
-        V.index_copy_(0, where, v.reshape(-1, self.width))
+        self.flat[layer].index_copy_(0, where.flatten(), torch.cat((k, v), 1).view(-1, self.width))
+
+    def see(self, where):
+        if self.unseen is not None:
+            self.unseen.view(-1).index_fill_(0, where[:, :self.heads].flatten(), 0)
 
     def admit(self, rows, where):
         """New sequences in slots `rows`, whose keys are those at `where`: what the slots held before is not looked at."""
         if self.unseen is not None:
             self.unseen[rows] = -torch.inf
-            self.unseen.view(-1).index_fill_(0, where, 0)
+        self.see(where)
 
     def move(self, dst, src, length):
         """The first `length` tokens of slots `src` over those of slots `dst`."""
@@ -183,7 +183,7 @@ class Cache:
                 K, V = self.kv[layer, :, :n].flatten(1, 2)
                 return torch_flash(q, K, V, border, border * self.length, 1, self.length, 0.0, False, False, seqused_k=used)[0]
             return attend
-        self.unseen.view(-1).index_fill_(0, where, 0)
+        self.see(where)
         if self.views[0] != (n, length):
             K, V = self.kv[:, :, :n, :, :length].flatten(2, 3).unbind(1)  # (layers, n*Hkv, length, h)
             self.views = (n, length), self.unseen[:n, :, :, :length].flatten(0, 1), K.transpose(2, 3).unbind(), V.unbind()
@@ -348,7 +348,7 @@ def generate(model: Model, prompts: list[list[int]], n: int = 1, max_new_tokens:
     goes_on = torch.ones(c.vocab_size, dtype=torch.long)
     goes_on[list(eos)] = 0
     watched = stop_tokens(stop, tokenizer, c.vocab_size).to(device) if stop else None
-    with model.joined() if device.type == "cpu" else nullcontext():  # a graph makes up for many small matmuls on CUDA
+    with model.for_sampling():
         decoder = Decoder(model, slots, length, goes_on.to(device), (temperature, top_k, top_p), min_new_tokens, watched)
         return run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progress, on_token, cancel)
 

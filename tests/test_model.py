@@ -22,6 +22,7 @@ FAMILIES = {
     "qwen2-untied": transformers.Qwen2Config(**SIZES, tie_word_embeddings=False, rms_norm_eps=1e-5),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),  # head_dim is not hidden/heads
     "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=False),
+    "llama-biases": transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True),
     "mistral": transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=16),
 }
 
@@ -50,6 +51,17 @@ def test_logits_of_a_right_padded_batch(pair):
     with torch.no_grad():
         a, b = ours(ids), hf(ids, attention_mask=mask.long()).logits
     assert relative(a[mask], b[mask]) < 1e-5
+
+
+def test_the_form_for_sampling_is_the_same_function(pair):
+    _, ours, _ = pair
+    with torch.no_grad():
+        ids, lengths = torch.randint(0, 97, (60,)), [40, 1, 19]
+        plain = ours.body(ids, *causal(lengths, "cpu"))
+        with ours.for_sampling():
+            assert len(ours.fused) == 3
+            assert relative(ours.body(ids, *causal(lengths, "cpu")), plain) < 3e-6
+        assert ours.fused is None and torch.equal(ours.body(ids, *causal(lengths, "cpu")), plain)
 
 
 def test_left_padded_batch_of_transformers_is_our_packed_one(pair):
