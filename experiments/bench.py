@@ -3,7 +3,7 @@
     python experiments/bench.py model      # forward + backward of a training batch: tokens/s and peak memory
     python experiments/bench.py rollout    # sampling, uniform and RL-shaped lengths: useful tokens/s [shape ...]
     python experiments/bench.py mismatch   # log-probs of the sampler against those of the trainer, float32 and bfloat16
-    python experiments/bench.py train      # a whole GRPO step against TRL's GRPOTrainer, CPU (experiments/requirements.txt)
+    python experiments/bench.py train      # a whole GRPO step against TRL's GRPOTrainer, CPU (experiments/requirements.txt) [shape ...]
     python experiments/bench.py rewards    # graders: milliseconds a response, responses/s of the pool (no peer)
 
 On a CPU: one thread (two beside a busy neighbour measure the neighbour), small Qwen2 shapes. On a GPU: 3B and 7B shapes
@@ -288,7 +288,7 @@ TRAIN_CASES = {  # shape, longest response, whether a word ends it; TRL's fastes
     "h128v64 RL-shaped, cap 256": ("h128v64", 256, True, 64, None)}
 
 
-def bench_train(steps=3):
+def bench_train(*only, steps=3):
     """CPU seconds of a step of 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
     train.sample and train.learn as they stand, micro-batches of 2,048 tokens; theirs is TRL's GRPOTrainer.train(), step by
     step in turn with ours, from the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or
@@ -313,6 +313,8 @@ def bench_train(steps=3):
         return len(set(text.split())) % 7 / 6
 
     for case, (name, cap, ends, micro, cache) in TRAIN_CASES.items():
+        if only and name not in only:
+            continue
         vocab = SHAPES[name][-1]
         ours, theirs = pair(SHAPES[name], 0.02)
         eos = 1 if ends else vocab  # the model cannot say `vocab`: both sides run to the cap
