@@ -5,7 +5,8 @@
     logp, entropy, sum_p2 = model(ids, lengths, targets)         # packed (N,), never holds (N,V)
 
 Tokens are always one flat list, (N,), of sequences laid end to end; what may look at what is decided by a function
-attend(layer, q, k, v) that is passed down. The trainer, the sampler and the eval differ in that function alone.
+attend(layer, q, k, v) that is passed down. The trainer, the sampler and the eval differ in that function alone; on a CPU the
+sampler runs the blocks in a form with fewer calls, see fused().
 Parameter names are Hugging Face's, so a checkpoint is read and written without a table of renames.
 """
 import inspect
@@ -244,11 +245,11 @@ def fused(b: Block, c: Config):
     interleave = lambda t: t.unflatten(0, (-1, 2, h // 2)).transpose(1, 2).flatten(0, 2)  # (heads * h, ...)
     side_by_side = lambda norm, *weights: (torch.cat(weights) * norm.weight).T.contiguous()
     qkv = side_by_side(b.input_layernorm, interleave(a.q_proj.weight), interleave(a.k_proj.weight), a.v_proj.weight)
-    bias = torch.cat([interleave(a.q_proj.bias), interleave(a.k_proj.bias), a.v_proj.bias]) if c.qkv_bias else qkv.new_zeros(1)
+    bias = torch.cat([interleave(a.q_proj.bias), interleave(a.k_proj.bias), a.v_proj.bias]) if c.qkv_bias else torch.zeros(1)
     gate_up = side_by_side(b.post_attention_layernorm, b.mlp.gate_proj.weight, b.mlp.up_proj.weight)
     o, down = a.o_proj.weight.T, b.mlp.down_proj.weight.T
-    qk_norm = c.qk_norm and torch.cat([interleave(n.weight).expand(k, h) for n, k in
-                                       ((a.q_norm, heads), (a.k_norm, c.num_key_value_heads))])
+    if c.qk_norm:
+        qk_norm = torch.cat([interleave(n.weight).expand(k, h) for n, k in ((a.q_norm, heads), (a.k_norm, c.num_key_value_heads))])
     eps = b.input_layernorm.eps_tensor
 
     def forward(x, rope, attend, layer):

@@ -105,7 +105,7 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     inside = blocks.gather(1, b[..., None].expand(n, 1, CDF_BLOCK))[:, 0].cumsum(-1)
     x = (x - (cdf - mass).gather(1, b)).clamp_(min=0)  # rounding must not leave the block, nor reach a token of probability 0
     x = torch.minimum(x, inside[:, -1:].nextafter(torch.zeros_like(x)))
-    return torch.searchsorted(inside, x, right=True) + b * CDF_BLOCK
+    return (torch.searchsorted(inside, x, right=True) + b * CDF_BLOCK).clamp_(max=V - 1)  # a probability that is nan stays inside
 
 
 def decode_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -126,14 +126,15 @@ class Cache:
         self.kernel, self.heads, self.length, h = decode_kernel(w.device, w.dtype), c.num_key_value_heads, length, c.head_dim
         shape = (self.heads, length, h) if self.kernel == "bmm" else (length, self.heads, h)
         shape = c.num_hidden_layers, 2, slots, *shape
-        if w.device.type == "cpu":  # a page of memory is taken when it is first written (huge ones, as numpy's, took 0.3 s a run)
-            self.kv = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * w.element_size()), dtype=w.dtype).view(shape)
+        if w.device.type == "cpu":  # a page of memory is taken when it is first written; huge ones, as numpy's, took 0.3 s a run
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+            self.kv = torch.frombuffer(mmap.mmap(-1, math.prod(shape) * w.element_size(), **private), dtype=w.dtype).view(shape)
         else:
             self.kv = w.new_zeros(shape)  # zeros: never nan where nothing was written
         groups, self.width = (self.heads, h) if self.kernel == "bmm" else (1, self.heads * h)  # `width` numbers of a token lie together
         self.flat = [layer.view(-1, self.width) for layer in self.kv]
-        start = torch.arange(2 * slots * groups, device=w.device) * length
-        self.start = start.view(2, slots, groups).transpose(0, 1).flatten(1).contiguous()  # in flat, of a slot's keys, then values
+        start = torch.arange(2 * slots * groups, device=w.device) * length  # in flat: of (keys or values, slot, group)
+        self.start = start.view(2, slots, groups).transpose(0, 1).flatten(1).contiguous()  # (slots, 2 * groups): a slot's, keys first
         self.views = None, None  # of the last step: made again only when its shape changes
         # 0 where a slot holds a key, -inf where it does not, a copy per KV head as batched matmuls want it
         self.unseen = w.new_full((slots, self.heads, 1, length), -torch.inf) if self.kernel == "bmm" else None
@@ -259,14 +260,14 @@ class Decoder:
 
     def admit(self, slots, prompts, keys, prefix, max_new_tokens):
         """`prompts` into `slots` with the uniform numbers of `keys`; prefix[i][layer] are the keys and values (p-1,Hkv,h) of
-        prompt i without its last token, which is the first to be fed."""
+        prompt i without its last token, which is the first to be fed; prefix[i] may be empty where p = 1."""
         rows = torch.tensor(slots, device=self.device)
         first = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
         at = torch.cat([torch.arange(len(p) - 1) for p in prompts]).to(self.device)
         where = self.cache.where(rows.repeat_interleave(first), at)
         self.cache.admit(rows, where)
         for layer in range(len(self.cache.kv) if len(at) else 0):
-            self.cache.store(layer, where, *(torch.cat([kv[layer][x] for kv in prefix]) for x in (0, 1)))
+            self.cache.store(layer, where, *(torch.cat([kv[layer][x] for kv in prefix if kv]) for x in (0, 1)))
         ids = torch.tensor([p[-1] for p in prompts], device=self.device)
         self.state[:, rows] = torch.stack((ids, first, first, first + max_new_tokens, torch.ones_like(ids), torch.zeros_like(ids)))
         places = (self.base[rows] + first)[:, None] + torch.arange(max_new_tokens, device=self.device)
@@ -473,8 +474,8 @@ def main():
     except KeyboardInterrupt:
         print(flush=True)
         sys.exit(130)
-    except (ValueError, OSError) as e:
-        sys.exit(f"rollout.py: {e}")
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        sys.exit(f"rollout.py: {str(e).splitlines()[0]}")
 
 
 if __name__ == "__main__":

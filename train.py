@@ -85,8 +85,7 @@ class Config:
     weight_decay: float = flag(0.01, "of matrices; norms and biases have none")
     clip_norm: float = flag(1.0, "largest gradient norm")
     kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
-    tokens_per_microbatch: int = flag(16384 if torch.cuda.is_available() else 4096,
-                                      "packed tokens per forward pass: lower it when memory runs out (16384 on CUDA)")
+    tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory runs out (0: 16384 on CUDA, 4096 on CPU)")
     recompute: bool = flag(False, "activation checkpointing: far less memory, a third more compute")
     compile: bool = flag(False, "torch.compile the blocks for the update; sampling stays as it is")
     offload: bool = flag(False, "keep sharded weights, gradients and Adam states in CPU memory between passes (more than one rank, or CUDA)")
@@ -107,6 +106,12 @@ class Config:
     save_every: int = flag(50, "steps between checkpoints; the last step is always saved")
     keep: int = flag(2, "newest checkpoints kept")
     threads: int = flag(1, "CPU threads: more than the free cores is many times slower than one")
+
+    def __post_init__(self):
+        on_gpu = DEVICE.type == "cuda" or self.dry_run
+        self.tokens_per_microbatch = self.tokens_per_microbatch or (16384 if on_gpu else 4096)
+        if (Path(self.model) / "latest").is_file():  # a run directory: the checkpoint that is its newest now, also after a resume
+            self.model = str(Path(self.model) / (Path(self.model) / "latest").read_text())
 
 
 # ---- Setting up --------------------------------------------------------------------------------------------------------
@@ -151,6 +156,8 @@ def parse() -> Config:
         raise ValueError(f"--lr {cfg.lr} and --temperature {cfg.temperature} must be above 0, --beta2 {cfg.beta2} in [0, 1)")
     if cfg.updates > cfg.prompts * cfg.samples:
         raise ValueError(f"--updates {cfg.updates}: more mini-batches than the {cfg.prompts} x {cfg.samples} responses of a step")
+    if cfg.width % 8:
+        raise ValueError(f"--width {cfg.width}: must be a multiple of 8 (four heads of even size)")
     world = cfg.dry_run or WORLD
     if cfg.shards_per_replica and world % cfg.shards_per_replica:
         raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: {world} ranks cannot be split into such groups; "
@@ -475,13 +482,13 @@ def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> flo
 
     for micro in bins[RANK::WORLD]:
         mask, old, logp, entropy, sum_p2 = token_stats(model, micro, cfg)
-        if not micro:
-            logp.sum().backward()
-            continue
         extra = {}
         if reference is not None:
             with torch.no_grad():
                 extra = {"ref_logp": token_stats(reference, micro, cfg)[2], "kl_beta": cfg.kl_beta}
+        if not micro:  # this rank has taken part in every pass
+            logp.sum().backward()
+            continue
         loss, metrics = losses.policy_loss(
             cfg.loss, logp, old, torch.tensor([r.A for r in micro], device=DEVICE), mask, agg=cfg.agg or None, entropy=entropy,
             sum_p2=sum_p2, group_size=cfg.samples, max_len=cfg.max_new_tokens, totals=totals,
@@ -531,7 +538,7 @@ def learn(model, reference, optimizer, rows, cfg) -> dict:
 
 # ---- Keeping what was learned ----------------------------------------------------------------------------------------------
 
-ASYNC = DEVICE.type == "cuda"  # there the state is copied to the CPU in any case, and written while the next step runs
+ASYNC = DEVICE.type == "cuda"  # there the state is copied to the CPU in any case, and written while the next step samples
 
 
 def save(out, step, position, model, optimizer, cfg):
@@ -578,14 +585,13 @@ def restore(out, model, optimizer):
 
 
 def rewind(out, step):
-    """Drop what a killed run was still saving, the lines of metrics.jsonl after `step`, and evaluations that were made only
+    """Drop what a killed run was still saving, the lines of metrics.jsonl after `step`, and its evaluation if it was made only
     because a shorter run ended there."""
-    for half in out.glob(".*step-*"):
-        shutil.rmtree(half)
+    for unfinished in [*out.glob(".*step-*"), *(p for p in out.glob("step-*") if p.name > f"step-{step:06d}")]:
+        shutil.rmtree(unfinished)
     path, every = out / "metrics.jsonl", json.loads((out / "config.json").read_text())["eval_every"]
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-    lines = [m | {"eval": m["eval"] if m["step"] == 1 or m["step"] % every == 0 else None}
-             for m in lines if m["step"] <= step]
+    lines = [m | ({"eval": None} if m["step"] == step > 1 and step % every else {}) for m in lines if m["step"] <= step]
     (out / ".metrics").write_text("".join(json.dumps(m) + "\n" for m in lines))
     (out / ".metrics").rename(path)
     return lines
@@ -651,6 +657,8 @@ def train(cfg: Config):
                 rows, seen, position = collect(model, problems, position, cfg, tokenizer, scorer)
             except Cancelled:  # nothing has changed yet
                 break
+            if finish:
+                finish = finish()  # what was saved while this step sampled
             t2 = time.time()
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup))
@@ -666,8 +674,6 @@ def train(cfg: Config):
             history.append(metrics)
             done = step
             show(bar, history)
-            if finish:
-                finish = finish()  # what was saved while this step ran
             stopping = any(gather([bool(TOLD_TO_STOP)]))
             bad = bad + 1 if learned["skipped"] else 0
             if bad == 3:
@@ -743,7 +749,9 @@ def main():
         fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower --tokens_per_microbatch or --kv_tokens, add --recompute or --offload")
     except RuntimeError as e:  # most often a collective whose other side is gone
         traceback.print_exc()
-        fail(f"{str(e).splitlines()[0]}. What was saved is whole: go on with --resume --out {cfg.out}")
+        leave_no_empty_run(cfg)
+        saved = cfg and (Path(cfg.out) / "latest").is_file()
+        fail((str(e) or type(e).__name__).splitlines()[0] + (f". What was saved is whole: go on with --resume --out {cfg.out}" if saved else ""))
     except KeyboardInterrupt:
         leave_no_empty_run(cfg)
         fail("interrupted; --resume goes on from the last checkpoint, if there is one")

@@ -287,9 +287,13 @@ SHARED = {"countdown": 100}  # all seeds start from the warm start of this one: 
 TABLE = ["grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo"]
 # raft, and GRPO on winners alone, without losers' valleys, on losers alone
 WINNERS = ["raft", "cells only=1100", "cells only=1110", "cells only=0011"]
+WITHOUT = {"losers learn too": ("unclipped", "--agg winning-groups --advantage mean"), "clipped at 1.2": ("wapo eps=0.2", ""),
+           "divided by the std": ("wapo", "--advantage grpo"), "mean per response": ("wapo", "--agg seq-mean-token-mean")}
 EXTRA = ["unclipped", "gspo eps_low=0.03 eps_high=0.04"]  # GSPO's constants are for responses of thousands of tokens
 WIDE = "grpo eps_low=0.45 eps_high=0.45"  # clips about as often as ACPO and is as wide as KL3
-LRS = {2: (3e-4, 1e-3, 3e-3), 16: (1e-4, 3e-4, 1e-3, 3e-3)}  # by updates per rollout
+LRS = {"chainsum": {2: (3e-4, 1e-3, 3e-3), 16: (1e-4, 3e-4, 1e-3, 3e-3)},  # by updates per rollout
+       "countdown": {2: (1e-4, 3e-4, 1e-3), 16: (3e-5, 1e-4, 3e-4)}}
+COMMON = {"chainsum": 3e-4, "countdown": 1e-4}  # the learning rate of controls: all alike, 16 updates
 SEEDS, TUNING = range(8), (100, 101)  # no tuning seed is in a table
 WIDTHS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
 DELTAS = {"kl3": (0.01, 0.02, 0.04, 0.1), "kl": (0.0005, 0.002, 0.008, 0.03), "tv": (0.01, 0.03, 0.06, 0.12)}
@@ -328,19 +332,20 @@ def tuning(lines, spec, updates, lr, task="chainsum"):
     """The lines of `spec` on the tuning seeds, or the one line that says which grid is missing."""
     some = [x for x in pick(lines, task=task, loss=spec, updates=updates, lr=lr, flags=TASKS[task]) if x["seed"] in TUNING]
     if len(some) < len(TUNING):
-        sys.exit(f"compare.py: {spec} at {updates} updates and lr {lr:g} lacks tuning seeds: first --grid lr, --grid scan")
+        first = "--grid lr, --grid scan" if task == "chainsum" else "--grid second_lr, --grid second_scan"
+        sys.exit(f"compare.py: {task}, {spec} at {updates} updates and lr {lr:g} lacks tuning seeds: first {first}")
     return some
 
 
 def tuned(lines, spec, updates, task="chainsum"):
     """The learning rate with the largest mean area under the reward curve on the tuning seeds."""
-    return max(LRS[updates], key=lambda lr: mean(tuning(lines, spec, updates, lr, task), "auc"))
+    return max(LRS[task][updates], key=lambda lr: mean(tuning(lines, spec, updates, lr, task), "auc"))
 
 
-def matched(lines, updates=16, lr=3e-4):
+def matched(lines, task="chainsum"):
     """{name: spec} of the controls: fixed bands that clip as often, are as wide, or move as far (KL) as an adaptive or
-    asymmetric one, and the four constraints at the clip rate of GRPO; all from the tuning seeds."""
-    at = lambda spec: tuning(lines, spec, updates, lr)
+    asymmetric one, and (chainsum) the four constraints at the clip rate of GRPO; all from the tuning seeds."""
+    at = lambda spec: tuning(lines, spec, 16, COMMON[task], task)
     fixed = {w: at(f"grpo eps_low={w:g} eps_high={w:g}") for w in WIDTHS}
     band = lambda w, dual="": f"grpo eps_low={w:g} eps_high={w:g}{dual}"
     out = {}
@@ -350,48 +355,51 @@ def matched(lines, updates=16, lr=3e-4):
         out[f"{name}: same width"] = band(short(mean(at(name), "width"), 3), dual)
     out["kl3: same KL"] = band(match(fixed, "kl", mean(at("kl3"), "kl")))
     goal = mean(at(band(0.2)), "clip")
-    for kind, deltas in DELTAS.items():
+    for kind, deltas in DELTAS.items() if task == "chainsum" else ():
         scan = {d: at(f"trust kind={kind} delta={d:g}") for d in deltas}
         out[f"constraint: {kind}"] = f"trust kind={kind} delta={match(scan, 'clip', goal):g}"
     return out
 
 
 def named(name, lines):
-    """The runs of a named grid. Those of `main`, `controls` and `second` follow from the tuning seeds' lines."""
+    """The runs of a named grid, second_* on the second task. Those of main, controls, second, second_controls follow from
+    the tuning seeds' lines."""
+    task = "countdown" if name.startswith("second") else "chainsum"
     if name == "quick":
         return grid(["grpo", "acpo", "cispo", WIDE], (2, 16), seeds=range(2))
     if name == "common":  # one learning rate for all
         return grid(TABLE + EXTRA + WINNERS, seeds=SEEDS)
-    if name == "lr":
-        return [r for k, lrs in LRS.items() for r in grid(TABLE, (k,), lrs, TUNING)]
-    if name == "scan":
-        return grid([f"grpo eps_low={w:g} eps_high={w:g}" for w in WIDTHS] +
-                    [f"trust kind={k} delta={d:g}" for k, ds in DELTAS.items() for d in ds], seeds=TUNING)
-    if name == "main":  # each at its own
-        return [r for s in SEEDS for spec in TABLE for k in (2, 16) for r in grid([spec], (k,), (tuned(lines, spec, k),), [s])]
-    if name == "controls":
-        return grid(list(matched(lines).values()), seeds=SEEDS)
+    if name in ("lr", "second_lr"):
+        return [r for k, lrs in LRS[task].items() for r in grid(TABLE, (k,), lrs, TUNING, task)]
+    if name in ("scan", "second_scan"):
+        constraints = [f"trust kind={k} delta={d:g}" for k, ds in DELTAS.items() for d in ds] if name == "scan" else []
+        return grid([f"grpo eps_low={w:g} eps_high={w:g}" for w in WIDTHS] + constraints, lrs=(COMMON[task],), seeds=TUNING, task=task)
+    if name in ("main", "second"):  # each at its own
+        return [r for s in (SEEDS if name == "main" else range(5)) for k in (2, 16) for spec in TABLE
+                for r in grid([spec], (k,), (tuned(lines, spec, k, task),), [s], task)]
+    if name in ("controls", "second_controls"):
+        return grid([*TABLE, *matched(lines, task).values()] if name != "controls" else list(matched(lines).values()),
+                    lrs=(COMMON[task],), seeds=SEEDS if name == "controls" else range(5), task=task)
     if name == "acpo":
         return grid(["grpo", "acpo"], LADDER)
     if name == "ladder":
         return grid(["grpo"], (4,), measure="ladder")
     if name == "second_ladder":
-        return grid(["grpo"], (4,), seeds=range(3), task="countdown", measure="ladder")
+        return grid(["grpo"], (4,), (COMMON[task],), range(3), task=task, measure="ladder")
     if name == "hot":  # a learning rate that is too high for 16 updates: who holds out?
         return grid(["grpo", "dapo", "cispo", "acpo", "kl3", "wapo", "gppo", *WINNERS[1:3], WIDE, "unclipped"], lrs=(1e-3,))
-    if name == "second":
-        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", WINNERS[1]], task="countdown")
-    if name == "second_rest":
-        return grid(["dapo", "etr", "sapo", "gppo", "gspo", "unclipped", WINNERS[2]], task="countdown")
-    if name == "second_low":
-        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", "dapo"], lrs=(1e-4,), task="countdown")
+    if name == "second_hot":  # too high for 16 updates there
+        return grid(["grpo", "acpo", "kl3", "wapo", "cispo", WINNERS[1]], task=task)
+    if name == "wapo":  # which of its changes helps: each taken back alone; the first brings the losers back
+        return [r for lr, seeds in ((3e-4, SEEDS), (1e-3, range(5))) for loss, flags in WITHOUT.values()
+                for r in grid([loss], lrs=(lr,), seeds=seeds, flags=flags)]
     if name == "cells":
         return grid(["grpo"], (2,), seeds=SEEDS, measure="cells")
     raise KeyError(name)
 
 
-NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "second", "second_rest",
-         "second_low", "second_ladder")
+NAMED = ("quick", "common", "lr", "scan", "main", "controls", "acpo", "ladder", "cells", "hot", "wapo", "second_lr", "second_scan",
+         "second", "second_controls", "second_hot", "second_ladder")
 
 
 # ---- The sweep -------------------------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def main():
     parser.error = lambda message: sys.exit(f"dry_run.py: {message}; --help lists every flag")
     parser.add_argument("--gpus", type=int, default=8, help="ranks in all")
     parser.add_argument("--table", action="store_true", help="write experiments/results/dry_run.json")
-    parser.set_defaults(model="Qwen/Qwen2.5-7B", prompts=128, samples=10, updates=2, max_new_tokens=3072)
+    parser.set_defaults(model="Qwen/Qwen2.5-7B", prompts=128, samples=10, updates=2, max_new_tokens=3072,
+                        tokens_per_microbatch=16384)
     torch.set_num_threads(1)
     try:
         cfg, args = parser.parse_args_into_dataclasses()

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
                      "legend.frameon": False, "legend.fontsize": 9, "axes.titlesize": 12})
 
-from experiments.compare import (BINS, CELLS, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WIDE, WINNERS,
+from experiments.compare import (BINS, CELLS, COMMON, EARLY, EXTRA, LADDER, LRS, RESULTS, SEEDS, TABLE, TASKS, TUNING, WIDE, WINNERS, WITHOUT,
                                  load, matched, mean, pick, tuned)
 
 OUT = {"figures": Path(__file__).parent / "figures"}
@@ -58,6 +58,8 @@ def entropy_at(line, level):
 
 def pm(m, half, digits=1, sign=False):
     text = f"{m:{'+' if sign else ''}.{digits}f}"
+    if math.isnan(m):  # no seed has it
+        return ""
     if math.isnan(half):  # one seed
         return text
     return f"**{text} ± {half:.{digits}f}**" if sign and abs(m) > half else f"{text} ± {half:.{digits}f}"
@@ -123,22 +125,36 @@ def scores(lines, title, settings, updates, task="chainsum"):
 
 def main_table(lines):
     out, panels = [], []
-    for updates in LRS:
-        settings = [(spec, tuned(lines, spec, updates)) for spec in TABLE]
-        out += scores(lines, f"chainsum, {updates} updates per rollout, each objective at its own learning rate", settings, updates)
-        found = {spec: runs(lines, spec, updates, lr) for spec, lr in settings}
+    for task, updates in ((task, k) for task in TASKS for k in LRS[task]):
+        try:
+            settings = [(spec, tuned(lines, spec, updates, task)) for spec in TABLE]
+        except SystemExit as e:  # compare.py's line about a grid that is not complete
+            out.append(f"({e})\n")
+            continue
+        title = f"{task}, {updates} updates per rollout, each objective at its own learning rate"
+        out += scores(lines, title, settings, updates, task)
+        found = {spec: runs(lines, spec, updates, lr, task) for spec, lr in settings}
         if all(found.values()):
-            panels.append((updates, [(f"{spec}, lr {lr:g}", *paired(found[spec], found["grpo"], VALUES["auc"])[:2], COLORS[spec])
-                                     for spec, lr in settings[1:]], min(map(len, found.values()))))
+            panels.append((f"{task}, {updates} updates per rollout, n = {min(map(len, found.values()))}",
+                           [(f"{spec}, lr {lr:g}", *paired(found[spec], found["grpo"], VALUES["auc"])[:2], COLORS[spec])
+                            for spec, lr in settings[1:]]))
     if panels:
-        fig, ax = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.2), squeeze=False)
-        for a, (updates, rows, n) in zip(ax[0], panels):
+        fig, ax = panes(len(panels), 4.2)
+        for a, (title, rows) in zip(ax, panels):
             forest(a, [(label if m > -12 else f"{label}\n(outside, at {m:.0f})", m, *rest) for label, m, *rest in rows])
             a.set_xlim(left=max(-10, a.get_xlim()[0]))
-            a.set_title(f"chainsum, {updates} updates per rollout, n = {n}")
+            a.set_title(title)
             a.set_xlabel("area under the reward curve, difference to grpo (points)")
         finish(fig, "table")
     return out
+
+
+def panes(n, height):
+    """A figure of n panels, two in a row."""
+    fig, ax = plt.subplots(-(-n // 2), min(2, n), figsize=(6.5 * min(2, n), height * -(-n // 2)), squeeze=False)
+    for a in ax.flat[n:]:
+        a.set_axis_off()
+    return fig, ax.flat[:n]
 
 
 def smooth(lines, what, reach=0):
@@ -169,8 +185,10 @@ def common_table(lines):
     out = []
     for task, reach in (("chainsum", 0), ("countdown", 2)):
         panels = []
-        some = [x for x in pick(lines, task=task, loss="wapo", measure="") if x["seed"] in SEEDS]
-        for updates, lr in sorted({(x["updates"], x["lr"]) for x in some}):
+        settings = {(x["updates"], x["lr"]) for x in pick(lines, task=task, measure="")}
+        for updates, lr in sorted(settings):
+            if sum(bool(runs(lines, spec, updates, lr, task)) for spec in TABLE) < 5:
+                continue
             title = f"{task}, {updates} updates per rollout, learning rate {lr:g}"
             if (task, updates) != ("chainsum", 2):  # that is the first table again
                 out += scores(lines, f"{title}, for all", [(spec, lr) for spec in TABLE + EXTRA + WINNERS + [WIDE]],
@@ -183,29 +201,33 @@ def common_table(lines):
 
 
 def lr_table(lines):
-    every, rows, fig, ax = sorted({x for lrs in LRS.values() for x in lrs}), [], *plt.subplots(1, 2, figsize=(13, 4.2))
-    for column, (updates, lrs) in zip(ax, LRS.items()):
-        for spec in TABLE:
-            some = {lr: runs(lines, spec, updates, lr, seeds=TUNING) for lr in lrs}
-            if not all(some.values()):
-                continue
-            column.plot(lrs, [100 * mean(s, "final") for s in some.values()], "o-", color=COLORS[spec], label=spec, lw=1.6)
-            rows.append([f"`{spec}`", updates, *(f"{100 * mean(some[lr], 'auc'):.1f} / {100 * mean(some[lr], 'final'):.1f} / "
-                                                 f"{sum(x['collapsed'] for x in some[lr])}" if lr in some else "" for lr in every),
-                         f"{tuned(lines, spec, updates):g}"])
-        column.set_xscale("log")
-        column.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
-        column.minorticks_off()
-        column.set_title(f"{updates} updates per rollout, {len(TUNING)} tuning seeds")
-        column.set_xlabel("learning rate")
+    every, rows, panels = sorted({x for lrs in LRS.values() for some in lrs.values() for x in some}), [], []
+    for task, updates, lrs in ((task, *item) for task in TASKS for item in LRS[task].items()):
+        found = {spec: {lr: runs(lines, spec, updates, lr, task, seeds=TUNING) for lr in lrs} for spec in TABLE}
+        found = {spec: some for spec, some in found.items() if all(len(x) == len(TUNING) for x in some.values())}
+        if found:
+            panels.append((f"{task}, {updates} updates per rollout, {len(TUNING)} tuning seeds", lrs, found))
+        for spec, some in found.items():
+            rows.append([f"`{spec}`", task, updates,
+                         *(f"{100 * mean(some[lr], 'auc'):.1f} / {100 * mean(some[lr], 'final'):.1f} / "
+                           f"{sum(x['collapsed'] for x in some[lr])}" if lr in some else "" for lr in every),
+                         f"{tuned(lines, spec, updates, task):g}"])
     if not rows:
-        plt.close(fig)
         return []
-    ax[0].set_ylabel("final held-out accuracy (%)")
-    ax[1].legend(ncols=2)
+    fig, ax = panes(len(panels), 4.2)
+    for a, (title, lrs, found) in zip(ax, panels):
+        for spec, some in found.items():
+            a.plot(lrs, [100 * mean(x, "final") for x in some.values()], "o-", color=COLORS[spec], label=spec, lw=1.6)
+        a.set_xscale("log")
+        a.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+        a.minorticks_off()
+        a.set_title(title)
+        a.set_xlabel("learning rate")
+        a.set_ylabel("final held-out accuracy (%)")
+    ax[-1].legend(ncols=2)
     finish(fig, "lr")
     return [table(f"Learning rates, tuning seeds {TUNING}: area / final / collapsed",
-                  ("objective", "updates", *(f"{x:g}" for x in every), "chosen"), rows)]
+                  ("objective", "task", "updates", *(f"{x:g}" for x in every), "chosen"), rows)]
 
 
 # ---- 1. ACPO -----------------------------------------------------------------------------------------------------------
@@ -228,7 +250,7 @@ def first_order(spread):
 def acpo(lines):
     out = []
     for task in TASKS:
-        some = runs(lines, "grpo", 4, task=task, measure="ladder")
+        some = runs(lines, "grpo", 4, COMMON[task], task, measure="ladder")
         if not some:
             continue
         at = {(loss, k): [x["ladder"][f"{loss} {k}"] for x in some] for loss in ("grpo", "acpo") for k in LADDER}
@@ -300,27 +322,29 @@ def acpo_figure(some, at, sums, task):
 # ---- 2. and 3. Bands against their controls ----------------------------------------------------------------------------
 
 def controls(lines):
-    try:
-        specs = matched(lines)
-    except SystemExit:
-        return []
-    groups = {"acpo": ["acpo: same clip rate", "acpo: same width"], "etr": ["etr: same clip rate", "etr: same width"],
-              "kl3": ["kl3: same width", "kl3: same KL", "kl3: same clip rate"]}
-    rows, forests = [], []
-    for name, others in groups.items():
-        for label, spec in [("grpo ±0.2", "grpo"), *((o, specs[o]) for o in others)]:
-            a, b = runs(lines, name), runs(lines, spec)
-            if not a or not b:
-                continue
-            d = {v: paired(a, b, f) for v, f in VALUES.items()}
-            rows.append([f"`{name}`", label.split(": ")[-1] + ("" if spec == "grpo" else f": `{spec.split(' ', 1)[1]}`"),
-                         f"{100 * mean(a, 'clip'):.2f} / {100 * mean(b, 'clip'):.2f}", f"{mean(a, 'width'):.3f} / {mean(b, 'width'):.3f}",
-                         f"{mean(a, 'kl'):.4f} / {mean(b, 'kl'):.4f}", pm(*d["auc"][:2], sign=True), pm(*d["final"][:2], sign=True),
-                         pm(*d["entropy"][:2], 3, True), pm(*d["at80"][:2], 3, True), d["auc"][2]])
-            forests.append((f"{name} − {label.split(': ')[-1]}", d, COLORS[name]))
-    out = [table("Adaptive and asymmetric bands against fixed ones, 16 updates, lr 3e-4: differences paired by seed",
-                 ("objective", "against", "clip rate (%)", "half width", "KL", "Δ area", "Δ final", "Δ entropy at end",
-                  "Δ entropy at reward 0.8", "n"), rows)] if rows else []
+    out, forests = [], []
+    for task in TASKS:
+        try:
+            specs = matched(lines, task)
+        except SystemExit:
+            continue
+        rows, lr = [], COMMON[task]
+        for name, others in {"acpo": ("same clip rate", "same width"), "etr": ("same clip rate", "same width"),
+                             "kl3": ("same width", "same KL", "same clip rate")}.items():
+            for label, spec in [("grpo ±0.2", "grpo"), *((o, specs[f"{name}: {o}"]) for o in others)]:
+                a, b = runs(lines, name, 16, lr, task), runs(lines, spec, 16, lr, task)
+                if not a or not b:
+                    continue
+                d = {v: paired(a, b, f) for v, f in VALUES.items()}
+                rows.append([f"`{name}`", label + ("" if spec == "grpo" else f": `{spec.split(' ', 1)[1]}`"),
+                             f"{100 * mean(a, 'clip'):.2f} / {100 * mean(b, 'clip'):.2f}", f"{mean(a, 'width'):.3f} / {mean(b, 'width'):.3f}",
+                             f"{mean(a, 'kl'):.4f} / {mean(b, 'kl'):.4f}", pm(*d["auc"][:2], sign=True), pm(*d["final"][:2], sign=True),
+                             pm(*d["entropy"][:2], 3, True), pm(*d["at80"][:2], 3, True), d["auc"][2]])
+                forests.append((f"{name} − {label}" + ("" if task == "chainsum" else f", {task}"), d, COLORS[name]))
+        if rows:
+            out.append(table(f"Adaptive and asymmetric bands against fixed ones, {task}, 16 updates, lr {lr:g}: differences paired by seed",
+                             ("objective", "against", "clip rate (%)", "half width", "KL", "Δ area", "Δ final", "Δ entropy at end",
+                              "Δ entropy at reward 0.8", "n"), rows))
     rows, wide = [], runs(lines, WIDE, lr=1e-3)
     for name in ("acpo", "kl3", "grpo", "unclipped"):
         a = runs(lines, name, lr=1e-3)
@@ -331,7 +355,11 @@ def controls(lines):
     if rows:
         out.append(table(f"Against the fixed band of ±0.45 at learning rate 1e-3, 16 updates, n = {len(wide)}",
                          ("objective", "clip rate (%)", "Δ area", "Δ final", "collapsed"), rows))
-    some = {"ratio": "grpo", **{k: specs[f"constraint: {k}"] for k in ("kl3", "kl", "tv")}}
+    try:
+        specs = matched(lines)
+    except SystemExit:
+        specs = {}
+    some = {"ratio": "grpo", **{k: specs.get(f"constraint: {k}", "") for k in ("kl3", "kl", "tv")}}
     same = [(k, runs(lines, s)) for k, s in some.items() if runs(lines, s)]
     if len(same) == 4:  # the goal is met on the tuning seeds; the table says what came out on these
         out.append(table("One-line constraints at the clip rate of ±0.2",
@@ -407,6 +435,18 @@ def wapo(lines):
         a.set_xlabel("step")
         a.legend()
     finish(fig, "wapo")
+    changes = []
+    for lr in (3e-4, 1e-3):
+        whole, base = runs(lines, "wapo", lr=lr), runs(lines, "grpo", lr=lr)
+        for what, (loss, flags) in ({"": ("wapo", "")} | WITHOUT).items():
+            s = runs(lines, loss, lr=lr, flags=flags)
+            if s and whole and base:
+                changes.append([f"{lr:g}", f"but {what}" if what else "wapo", ci(s, "auc"), ci(s, "final"), vs(s, base, "auc"), vs(s, base, "final"),
+                                *((vs(s, whole, "auc"), vs(s, whole, "final")) if what else ("", "")), fallen(s)])
+    if len(changes) > 2:
+        out.append(table("WAPO 3: each of its changes taken back alone, chainsum, 16 updates",
+                         ("lr", "run", "area", "final", "Δ area vs grpo", "Δ final vs grpo", "Δ area vs wapo", "Δ final vs wapo",
+                          "collapsed / n"), changes))
     return out + [table("WAPO 2: who learns, where the learning rate is too high for 16 updates",
                         ("run", "what learns", "area", "final", "Δ final vs grpo", "Δ reward of the last 5 steps", "entropy at end",
                          "collapsed / n"), rows)]

@@ -77,6 +77,22 @@ def at_an_edge(model, a, b, seed, index):
     return (cdf - u).abs().min() < 1e-5
 
 
+def test_a_prompt_of_one_token_joins_a_longer_one_that_waits():
+    model, prompts = build(), [[5, 6, 7], [4], [9]]
+    got = generate(model, prompts, 3, 4, seed=2, slots=2, eos_ids=[])
+    assert [r.tokens for r in got] == [r.tokens for r in generate(model, prompts, 3, 4, seed=2, eos_ids=[])]
+
+
+@pytest.mark.parametrize("vocab", [7, 2000])
+def test_probabilities_that_are_nan_draw_some_token_of_the_vocabulary(vocab):
+    """A run that diverged must reach the update, which counts it, skips it and saves its data."""
+    logits = torch.randn(3, vocab)
+    logits[1] = torch.nan
+    logits[2, 0] = torch.inf
+    token, _ = draw(logits, torch.tensor([0.5, 0.0, 0.9999]))
+    assert all(0 <= t < vocab for t in token.tolist())
+
+
 def test_every_slot_count_and_order_draws_the_same():
     """A response is a function of (weights, prompt, seed, sample index). Other batch shapes round differently, so a response
     may differ only where its uniform number lies within 1e-5 of a CDF edge; the count is printed (0 of 420 here)."""

@@ -354,13 +354,15 @@ def test_two_processes_equal_one(run, tmp_path):
     assert [m["step"] for m in metrics("two")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("world, flags", [
-    (2, ("--shards_per_replica", 1)), (2, ("--offload",)), (3, ()),
-    pytest.param(4, ("--shards_per_replica", 2, "--old_logp", "trainer"), marks=pytest.mark.slow)])
-def test_other_splits_equal_one_process_too(run, tmp_path, world, flags):
-    """HSDP, weights in CPU memory, 3 ranks with uneven work, 4 ranks as two replicas of two shards."""
-    run(*SPLIT, "--out", "one", *(flags[2:] if "--old_logp" in flags else ()))
-    finish(start(tmp_path, *SPLIT, *flags, "--out", "many", world=world))
+@pytest.mark.parametrize("world, flags, both", [
+    (2, ("--shards_per_replica", 1), ()), (2, ("--offload",), ()), (3, (), ()),
+    (2, (), ("--kl_beta", 0.1, "--prompts", 1, "--updates", 4)),
+    pytest.param(4, ("--shards_per_replica", 2), ("--old_logp", "trainer"), marks=pytest.mark.slow)])
+def test_other_splits_equal_one_process_too(run, tmp_path, world, flags, both):
+    """HSDP, weights in CPU memory, 3 ranks with uneven work, a rank without rows beside a reference model (mini-batches of one
+    response), 4 ranks as two replicas of two shards."""
+    run(*SPLIT, *both, "--out", "one")
+    finish(start(tmp_path, *SPLIT, *flags, *both, "--out", "many", world=world))
     assert_equal_runs("one", "many", 1e-5 if world == 2 else 1e-3)  # Adam turns rounding noise on unused rows into steps
     run("--out", "many", "--resume", "--steps", 4, "--shards_per_replica", 0, *(["--offload", "False"] if "--offload" in flags else ()))
     assert len(metrics("many")) == 4
@@ -621,7 +623,7 @@ def test_microbatches_respect_the_budget(monkeypatch):
     (("--eval_data", "noanswer.jsonl"), "noanswer.jsonl line 2"), (("--eval_data", "empty.jsonl"), "empty.jsonl"),
     (("--max_prompt_tokens", 3), "--max_prompt_tokens 3"), (("--out", "full"), "--resume"), (("--out", "blocked/x"), "blocked"),
     (("--resume", "--out", "never"), "no run to continue"), (("--acpo_stats", "all"), "--acpo_stats"),
-    (("--old_logp", "engine"), "--old_logp"), (("--shards_per_replica", 2), "--shards_per_replica 2"), (("--offload",), "--offload"),
+    (("--old_logp", "engine"), "--old_logp"), (("--shards_per_replica", 2), "--shards_per_replica 2"), (("--offload",), "--offload"), (("--width", 20), "multiple of 8"),
     (("--dynamic_sampling", -1), "--dynamic_sampling -1"), (("--overlong_buffer", 99), "--overlong_buffer 99"),
     (("--kv_tokens", 5), "kv_tokens")])
 def test_bad_input_is_one_line_and_nothing_is_lost(run, tmp_path, capsys, flags, said):
@@ -689,6 +691,10 @@ def test_resume_cannot_poison_a_run(run):
         assert Path("r/config.json").read_text() == before
     run("--out", "r", "--resume", "--steps", 5, "--eval_every", 50)
     assert [m["step"] for m in metrics("r") if m["eval"] is not None] == [1, 2, 4, 5]
+    Path("r/step-000009").mkdir()  # of a run that was killed before `latest` said so, and is made again now
+    run("--out", "r", "--resume", "--steps", 6, "--keep", 1)
+    assert [m["step"] for m in metrics("r") if m["eval"] is not None] == [1, 2, 4, 6]  # 5 was one only because it ended there
+    assert [p.name for p in Path("r").glob("step-*")] == [Path("r/latest").read_text()] == ["step-000006"]
 
 
 def test_a_failed_start_leaves_no_run_behind(run):
