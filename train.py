@@ -464,6 +464,18 @@ def recompute_old_logp(model, rows, cfg, sums):
         rows[i].old_logp = logp
 
 
+@torch.no_grad()
+def ratio_moments(model, bins, cfg, count):
+    """ACPO's statistics over a whole mini-batch and all ranks, by one more forward pass: see losses.ratio_moments."""
+    moments = torch.zeros(3, count, dtype=torch.float64, device=DEVICE)
+    for micro in bins[RANK::WORLD]:
+        mask, old, logp, _, _ = token_stats(model, micro, cfg)
+        moments += losses.ratio_moments(logp, old, mask, count)
+    if WORLD > 1:
+        dist.all_reduce(moments)
+    return moments
+
+
 def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> float:
     """One gradient step on the mini-batch `rows`, which every rank holds whole; each takes its own micro-batches. Adds
     token-weighted metrics to `sums`; returns the gradient norm (not finite: the step was skipped)."""
@@ -471,14 +483,8 @@ def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> flo
     hyper = hyperparameters(cfg) | ({"part": part} if part else {})
     totals = {"tokens": sum(r.length for r in rows), "sequences": len(rows),
               "winning_groups": len({r.group for r in rows if r.A > 0})}
-    if cfg.loss == "acpo" and cfg.acpo_stats == "batch" and len(bins) > 1:  # one more forward pass, without gradient
-        totals["moments"] = torch.zeros(3, int(hyper.get("bins", 5)), dtype=torch.float64, device=DEVICE)
-        for micro in bins[RANK::WORLD]:
-            with torch.no_grad():
-                mask, old, logp, _, _ = token_stats(model, micro, cfg)
-            totals["moments"] += losses.ratio_moments(logp, old, mask, totals["moments"].shape[1])
-        if WORLD > 1:
-            dist.all_reduce(totals["moments"])
+    if cfg.loss == "acpo" and cfg.acpo_stats == "batch" and len(bins) > 1:
+        totals["moments"] = ratio_moments(model, bins, cfg, int(hyper.get("bins", 5)))
 
     for micro in bins[RANK::WORLD]:
         mask, old, logp, entropy, sum_p2 = token_stats(model, micro, cfg)
