@@ -176,7 +176,8 @@ def curves(lines, panels, name, reach=0):
         column[1].set_xlabel("step: 256 responses")
     grid[0, 0].set_ylabel("reward")
     grid[1, 0].set_ylabel("entropy per token (nats)")
-    grid[0, min(1, len(panels) - 1)].legend(ncols=2)
+    labels = {line.get_label(): line for a in grid[0] for line in a.lines}  # no panel need have them all
+    grid[0, min(1, len(panels) - 1)].legend(labels.values(), labels, ncols=2)
     finish(fig, name)
 
 
@@ -419,11 +420,12 @@ def wapo(lines):
                      ("step", "reward", "cell", "tokens (%)", "measured", "predicted", "same sign"), rows))
     rows = []
     for a, (task, lr, flags) in zip(ax[1:], LONG):
-        base = runs(lines, "grpo", 16, lr, task, flags)
+        base, sizes = runs(lines, "grpo", 16, lr, task, flags), set()
         for spec in NAMES:
             s = runs(lines, spec, 16, lr, task, flags)
             if not s:
                 continue
+            sizes.add(len(s))
             curve = smooth(s, "reward", 1)
             a.plot(range(1, len(curve) + 1), curve, color=NAME_COLORS[spec], lw=1.8, label=NAMES[spec])
             late = paired(s, base, lambda x: 100 * sum(x["curves"]["reward"][-5:]) / 5)
@@ -431,7 +433,7 @@ def wapo(lines):
                          ci(s, "final"), *(["", ""] if spec == "grpo" else [
                              vs(s, base, "final"), pm(*late[:2], sign=True)]),
                          ci(s, "entropy", 3), fallen(s)])
-        a.set_title(f"reward: {task}, learning rate {lr:g}\n(16 updates, n = {len(base)}, three-step means)", fontsize=11)
+        a.set_title(f"reward: {task}, learning rate {lr:g}\n(16 updates, n = {' to '.join(map(str, sorted(sizes)))}, three-step means)", fontsize=11)
         a.set_xlabel("step")
         a.legend()
     finish(fig, "wapo")
