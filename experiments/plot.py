@@ -182,13 +182,13 @@ def curves(lines, panels, name, reach=0):
 
 
 def common_table(lines):
-    """Everything at one learning rate: both tasks, every setting that has lines of grpo."""
-    out = []
+    """Everything at one learning rate: both tasks, every setting that has lines of five objectives (of all, if there are fewer)."""
+    out, least = [], max(1, min(5, len({x["loss"] for x in lines} & set(TABLE))))
     for task, reach in (("chainsum", 0), ("countdown", 2)):
         panels = []
         settings = {(x["updates"], x["lr"]) for x in pick(lines, task=task, measure="")}
         for updates, lr in sorted(settings):
-            if sum(bool(runs(lines, spec, updates, lr, task)) for spec in TABLE) < 5:
+            if sum(bool(runs(lines, spec, updates, lr, task)) for spec in TABLE) < least:
                 continue
             title = f"{task}, {updates} updates per rollout, learning rate {lr:g}"
             if (task, updates) != ("chainsum", 2):  # that is the first table again
