@@ -376,7 +376,7 @@ def main():
     except (ValueError, OSError) as e:
         sys.exit(f"eval.py: {e}")
     except torch.OutOfMemoryError as e:
-        sys.exit(f"eval.py: out of GPU memory ({str(e).splitlines()[0]}))")
+        sys.exit(f"eval.py: out of GPU memory ({str(e).splitlines()[0]})")
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped; the same command goes on where it was")
     finally:

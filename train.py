@@ -110,7 +110,7 @@ class Config:
     def __post_init__(self):
         on_gpu = DEVICE.type == "cuda" or self.dry_run
         self.tokens_per_microbatch = self.tokens_per_microbatch or (16384 if on_gpu else 4096)
-        if (Path(self.model) / "latest").is_file():  # a run directory: the checkpoint that is its newest now, also after a resume
+        if self.model and (Path(self.model) / "latest").is_file():  # a run directory: the checkpoint that is its newest now, also after a resume
             self.model = str(Path(self.model) / (Path(self.model) / "latest").read_text())
 
 
