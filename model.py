@@ -270,36 +270,34 @@ class TokenLogp(torch.autograd.Function):
     statistics (float64 stays)."""
 
     @staticmethod
-    def logits(h, W, temperature):
-        return (h @ W.T).to(torch.promote_types(h.dtype, torch.float32)).div_(temperature)
+    def log_softmax(h, W, temperature):
+        z = (h @ W.T).to(torch.promote_types(h.dtype, torch.float32))
+        return (z if temperature == 1 else z.div_(temperature)).log_softmax(-1)
 
     @staticmethod
     def forward(ctx, h, W, targets, temperature):
         ctx.temperature, ctx.chunk = temperature, max(1, LOGITS_CHUNK // len(W))
         statistic = torch.promote_types(h.dtype, torch.float32)  # all at once: small tensors between the big ones of the loop
-        logp, entropy, sum_p2, lse = (h.new_empty(len(h), dtype=statistic) for _ in range(4))  # would fragment the memory
+        logp, entropy, sum_p2 = (h.new_empty(len(h), dtype=statistic) for _ in range(3))  # would fragment the memory
         for i in range(0, len(h), ctx.chunk):
             s = slice(i, i + ctx.chunk)
-            z = TokenLogp.logits(h[s], W, temperature)
-            lse[s] = z.logsumexp(-1)
-            p = z.sub_(lse[s, None]).exp()  # z is log p from here on
+            z = TokenLogp.log_softmax(h[s], W, temperature)
+            p = z.exp()
             logp[s] = z.gather(1, targets[s, None])[:, 0]
             entropy[s] = -(p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
-            sum_p2[s] = p.square_().sum(-1)
-        ctx.save_for_backward(h, W, targets, lse, *([z] if 0 < len(h) <= ctx.chunk else []))
+            sum_p2[s] = (p.unsqueeze(1) @ p.unsqueeze(2)).flatten()
+        ctx.save_for_backward(h, W, targets, *([p] if 0 < len(h) <= ctx.chunk else []))
         ctx.mark_non_differentiable(entropy, sum_p2)
         return logp, entropy, sum_p2
 
     @staticmethod
     def backward(ctx, grad, *_):
-        h, W, targets, lse, *whole = ctx.saved_tensors
-        dh, dW = torch.empty_like(h), torch.zeros_like(W)
+        h, W, targets, *whole = ctx.saved_tensors
+        grad, dh, dW = grad[:, None] / ctx.temperature, torch.empty_like(h), torch.zeros_like(W)
         for i in range(0, len(h), ctx.chunk):
             s = slice(i, i + ctx.chunk)
-            p = whole[0].exp() if whole else TokenLogp.logits(h[s], W, ctx.temperature).sub_(lse[s, None]).exp_()
-            dz = p.mul_(-grad[s, None])
-            dz.scatter_add_(1, targets[s, None], grad[s, None].to(dz.dtype))
-            dz = dz.div_(ctx.temperature).to(h.dtype)
+            p = whole[0] if whole else TokenLogp.log_softmax(h[s], W, ctx.temperature).exp_()
+            dz = torch.mul(p, -grad[s], out=None if whole else p).scatter_add_(1, targets[s, None], grad[s].to(p.dtype)).to(h.dtype)
             dh[s] = dz @ W
             dW.addmm_(dz.T, h[s])
         return dh, dW, None, None
