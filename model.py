@@ -10,6 +10,7 @@ sampler runs the blocks in a form with fewer calls, see fused().
 Parameter names are Hugging Face's, so a checkpoint is read and written without a table of renames.
 """
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -130,33 +132,33 @@ def causal(lengths: list[int], device, dtype=torch.float32, after: list[int] | N
     after[i] is the sequence that sequence i continues, as the samples of one prompt do, or -1 for none: it sees that one too,
     whose keys and values are computed once."""
     kernel, after = attention_kernel(torch.device(device), dtype), after or [-1] * len(lengths)
-    arange = lambda n: torch.arange(n, device=device)
-    n, prefix = torch.tensor(lengths, device=device), torch.tensor([lengths[a] if a >= 0 else 0 for a in after], device=device)
-    start = n.cumsum(0) - n
-    row = torch.repeat_interleave(arange(len(n)), n, output_size=sum(lengths))
-    positions = arange(sum(lengths)) - start[row] + prefix[row]
-    continued = set(after) - {-1}
-    which = [i for i in range(len(n)) if kernel != "sdpa" or i not in continued]  # padded, what is continued needs no row
-    full = [lengths[i] + (lengths[after[i]] if after[i] >= 0 else 0) for i in which]
-    T, parent = max(full), start[torch.tensor(after, device=device)]
-    # for each token of the whole sequences, one after the other: its sequence, its place there, where it stands in the list
-    whole, which = torch.tensor(full, device=device), torch.tensor(which, device=device)
-    row = torch.repeat_interleave(arange(len(whole)), whole, output_size=sum(full))
-    t, of = arange(sum(full)) - (whole.cumsum(0) - whole)[row], which[row]
-    token = t + torch.where(t < prefix[of], parent[of], (start - prefix)[of])
+    on_device = lambda *arrays: (torch.from_numpy(np.concatenate(a)).to(device) for a in arrays)
+    own = [np.arange(end - n, end) for n, end in zip(lengths, itertools.accumulate(lengths))]  # where its tokens stand in the list
+    whole = [np.concatenate((own[a], tokens)) if a >= 0 else tokens for a, tokens in zip(after, own)]  # and those it continues
+    positions = [np.arange(len(w) - n, len(w)) for w, n in zip(whole, lengths)]
+    continued = {a for a in after if a >= 0}
     if kernel != "sdpa":
-        cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (n, whole))
-        seen = token if continued else slice(None)
-        return positions, lambda layer, q, k, v: varlen(kernel, q, k[seen], v[seen], cu_q, cu_k, max(lengths), T)
+        cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (lengths, map(len, whole)))
+        positions, seen = on_device(positions, whole)
+        longest = max(map(len, whole))
 
-    even = not continued and min(full) == T
-    padded = token.new_zeros(len(whole) * T).index_copy(0, row * T + t, token)  # (B*T,): any token will do on the right, where
-    back = torch.zeros_like(positions).index_copy(0, token, row * T + t)  # nobody looks: the mask is causal
+        def attend(layer, q, k, v):
+            return varlen(kernel, q, k[seen] if continued else k, v[seen] if continued else v, cu_q, cu_k, max(lengths), longest)
+        return positions, attend
+
+    rows = [w for i, w in enumerate(whole) if i not in continued]  # what is continued comes with those that continue it
+    T, back = max(map(len, rows)), np.empty(sum(lengths), dtype=np.int64)
+    padded = np.zeros((len(rows), T), dtype=np.int64)  # on the right any token will do: nobody looks there, the mask is causal
+    for i, row in enumerate(rows):
+        padded[i, :len(row)] = row
+        back[row] = np.arange(i * T, i * T + len(row))
+    even = np.array_equal(padded.ravel(), np.arange(len(back)))  # nothing to pad, nothing shared
+    positions, padded, back = on_device(positions, padded, [back])
 
     def attend(layer, q, k, v):
-        q, k, v = ((x if even else x[padded]).view(len(whole), T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B,H,T,h)
+        q, k, v = ((x if even else x[padded]).view(len(rows), T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B,H,T,h)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        o = o.transpose(1, 2).reshape(len(whole) * T, -1, o.shape[-1])
+        o = o.transpose(1, 2).flatten(0, 1)
         return o if even else o[back]
     return positions, attend
 

@@ -379,14 +379,35 @@ def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progre
         prefix = {i: prefix[i] for i, _ in list(waiting)[:1] if i in prefix}
         return len(took)
 
-    def close(holes, live, longest):
-        """Move the last of the `live` rows into the holes; the number of rows that are left."""
+    def refill(over, live):
+        """Waiting requests into the rows that are `over`, then into free slots; where none waits, the last rows close the holes.
+        The number of rows that are live now."""
+        free, admitted = over + list(range(live, slots)), 0
+        while waiting and admitted < len(free):
+            admitted += admit(free[admitted:])
+        live, holes = live + max(0, admitted - len(over)), over[admitted:]
         left, gone = live - len(holes), set(holes)
         dst, src = [h for h in holes if h < left], [r for r in range(left, live) if r not in gone]
         if dst:
-            decoder.move(dst, src, longest)
+            decoder.move(dst, src, int(decoder.position[src].max()))
             request.update({d: request[s] for d, s in zip(dst, src)})
         return left
+
+    def decode(live):
+        """Steps, until a sixteenth of the rows is over (taking rows out is not free either), or 64."""
+        longest = int(decoder.position[:live].max()) + 1
+        for steps in count(1):
+            going = decoder.alive[:live].tolist() if on_token else ()
+            decoder.run(live, min(longest, decoder.length), slots)
+            longest += 1
+            for row, token in enumerate(decoder.token[:live].tolist() if on_token else ()):
+                if going[row]:
+                    on_token(request[row], token)
+            if steps % patience == 0:
+                if stop:
+                    end_at_stop_strings(live)
+                if steps == 64 or live - int(decoder.alive[:live].sum()) > live // 16:
+                    return
 
     def end_at_stop_strings(live):
         """Rows that drew a token which may end a stop string since the last look: cut where the text first holds one."""
@@ -401,45 +422,31 @@ def run(decoder, prompts, seeds, n, max_new_tokens, eos, stop, tokenizer, progre
                     break
         decoder.hint[:live] = 0
 
-    slots, live, tokens = len(decoder.base), 0, 0  # slots [0, live) hold sequences
+    def harvest(live):
+        """The rows that are over; what they hold goes into the results."""
+        _, position, first, _, alive, _ = decoder.state[:, :live].tolist()
+        over = [row for row in range(live) if not alive[row]]
+        for row in over:
+            (i, j), at = request[row], slice(first[row], position[row])
+            drawn = decoder.drawn[row, at].tolist()
+            results[i * n + j] = Rollout(prompts[i] + drawn, len(prompts[i]), decoder.logp[row, at].tolist(),
+                                         drawn[-1] in eos or row in stopped)
+            stopped.discard(row)
+        if progress and bar.format_dict["elapsed"]:
+            going = sum(position[row] - first[row] for row in range(live) if alive[row])
+            tokens = going + sum(len(r.logp) for r in results if r)
+            bar.set_postfix_str(f"{tokens / bar.format_dict['elapsed']:.0f} tok/s", refresh=False)
+        bar.update(len(over))
+        return over
+
+    slots, live = len(decoder.base), 0  # slots [0, live) hold sequences
     with tqdm(total=len(results), desc="rollout", unit="seq", disable=not progress, leave=False) as bar:
         while waiting or live:
             if cancel():
                 raise Cancelled
-            _, position, first, _, alive, _ = decoder.state[:, :live].tolist()
-            over = [row for row in range(live) if not alive[row]]
-            for row in over:
-                (i, j), at = request[row], slice(first[row], position[row])
-                drawn = decoder.drawn[row, at].tolist()
-                results[i * n + j] = Rollout(prompts[i] + drawn, len(prompts[i]), decoder.logp[row, at].tolist(),
-                                             drawn[-1] in eos or row in stopped)
-                stopped.discard(row)
-                tokens += len(drawn)
-            if progress and bar.format_dict["elapsed"]:
-                now = tokens + sum(position) - sum(first) - sum(position[r] - first[r] for r in over)
-                bar.set_postfix_str(f"{now / bar.format_dict['elapsed']:.0f} tok/s", refresh=False)
-            bar.update(len(over))
-            free, admitted = over + list(range(live, slots)), 0
-            while waiting and admitted < len(free):
-                admitted += admit(free[admitted:])
-            live += max(0, admitted - len(over))
-            if holes := over[admitted:]:
-                live = close(holes, live, max(position))
-            if not live:
-                continue
-            longest = int(decoder.position[:live].max()) + 1
-            for steps in count(1):  # until a sixteenth of the rows is over: taking rows out is not free either
-                going = decoder.alive[:live].tolist() if on_token else ()
-                decoder.run(live, longest, slots)
-                longest = min(longest + 1, decoder.length)
-                for row, token in enumerate(decoder.token[:live].tolist() if on_token else ()):
-                    if going[row]:
-                        on_token(request[row], token)
-                if steps % patience == 0:
-                    if stop:
-                        end_at_stop_strings(live)
-                    if steps == 64 or live - int(decoder.alive[:live].sum()) > live // 16:
-                        break
+            live = refill(harvest(live), live)
+            if live:
+                decode(live)
     return results
 
 

@@ -9,6 +9,7 @@
 On a CPU: one thread (two beside a busy neighbour measure the neighbour), small Qwen2 shapes. On a GPU: 3B and 7B shapes
 with random weights in bfloat16, and the share of the roofline. Results go to experiments/results/bench_<what>_<device>.json.
 """
+import argparse
 import json
 import platform
 import re
@@ -52,6 +53,8 @@ def pair(shape, std=0.1):
 def clock():
     if CUDA:
         torch.cuda.synchronize()
+        return time.perf_counter()
+    if torch.get_num_threads() > 1:
         return time.perf_counter()
     return time.process_time()  # CPU seconds: other jobs on the machine do not count
 
@@ -220,7 +223,7 @@ def bench_rollout(*only):
         def hf(cap, eos, cache):
             torch.manual_seed(1)
             out = theirs.generate(batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=cap,
-                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=cache)
+                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=None if cache == "dynamic" else cache)
             count(cache or "dynamic", out[:, length:].tolist(), set(eos))
 
         def hf_continuous(cap, eos):
@@ -282,20 +285,22 @@ def bench_mismatch(*only):
     return rows + [{"case": k, "public": v} for k, v in PUBLIC_MISMATCH.items()]
 
 
-TRAIN_CASES = {  # shape, longest response, whether a word ends it; TRL's fastest setting: rows of a micro-batch, kind of cache
-    "h64v32 48 tokens": ("h64v32", 48, False, 256, None), "h128v64 48 tokens": ("h128v64", 48, False, 64, "static"),
-    "h256v4096 48 tokens": ("h256v4096", 48, False, 32, None), "h64v32 RL-shaped, cap 192": ("h64v32", 192, True, 64, None),
-    "h128v64 RL-shaped, cap 256": ("h128v64", 256, True, 64, None)}
+TRAIN_CASES = [  # shape, longest response, whether a word ends it, our tokens in a micro-batch, TRL's rows in one, TRL's cache
+    ("h64v32", 48, False, 4096, 256, "dynamic"),
+    ("h128v64", 48, False, 2048, 64, "static"), ("h128v64", 48, False, 2048, 256, "dynamic"),
+    ("h256v4096", 48, False, 2048, 32, "dynamic"), ("h256v4096", 48, False, 2048, 256, "dynamic"),
+    ("h64v32", 192, True, 4096, 64, "dynamic"), ("h64v32", 192, True, 4096, 256, "dynamic"),
+    ("h128v64", 256, True, 2048, 64, "dynamic"), ("h128v64", 256, True, 2048, 256, "dynamic")]
 
 
 def bench_train(*only, steps=3):
-    """CPU seconds of a step of 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
-    train.sample and train.learn as they stand, micro-batches of 2,048 tokens; theirs is TRL's GRPOTrainer.train(), step by
-    step in turn with ours, from the same weights. TRL at its best: no evaluation, logging, saving, gradient checkpointing or
-    bf16, no second log-prob pass, its fused head, all 256 rows generated at once; of 64 and 256 rows a micro-batch (in three
-    cases 32 too) and a dynamic or static cache, what was fastest. RL-shaped: one word in V ends a response, lengths are
-    geometric with mean V. Each samples for itself, from the same distribution: `length` has the mean lengths, `per_token`
-    the ratio per sampled token."""
+    """Seconds of a step of 32 prompts x 8 samples: rollout, reward, one update with grpo and AdamW, beta 0. Ours is
+    train.sample and train.learn as they stand; theirs is TRL's GRPOTrainer.train(), step by step in turn with ours, from the
+    same weights, without evaluation, logging, saving, gradient checkpointing, bf16 or a second log-prob pass, with all 256
+    rows generated at once. TRL twice: at its best (of 64 and 256 rows a micro-batch, in three cases 32 too, and a dynamic or
+    static cache), and as one would type it first, with all 256 rows in one micro-batch. RL-shaped: one word in V ends a
+    response, lengths are geometric with mean V. Each samples for itself, from the same distribution: `length` has the mean
+    lengths, `per_token` the ratio per sampled token."""
     import tempfile
     import warnings
 
@@ -312,9 +317,10 @@ def bench_train(*only, steps=3):
     def grade(text):  # of no use, and the same for both: there is something to learn from in every group
         return len(set(text.split())) % 7 / 6
 
-    for case, (name, cap, ends, micro, cache) in TRAIN_CASES.items():
+    for name, cap, ends, budget, micro, cache in TRAIN_CASES:
         if only and name not in only:
             continue
+        case = f"{name} {f'RL-shaped, cap {cap}' if ends else f'{cap} tokens'}, TRL with {micro} rows"
         vocab = SHAPES[name][-1]
         ours, theirs = pair(SHAPES[name], 0.02)
         eos = 1 if ends else vocab  # the model cannot say `vocab`: both sides run to the cap
@@ -325,7 +331,8 @@ def bench_train(*only, steps=3):
         prompts = torch.randint(2, vocab, (P * (steps + 1), 16), generator=torch.Generator().manual_seed(0)).tolist()
         problems = [(data.Problem(text, {}, ""), text, p) for p, text in zip(prompts, tokenizer.batch_decode(prompts))]
         seconds, length = {"ours": [], "TRL": []}, {"ours": [], "TRL": []}
-        cfg = train.Config(loss="grpo", prompts=P, samples=n, updates=1, max_new_tokens=cap, lr=1e-6, tokens_per_microbatch=2048)
+        cfg = train.Config(loss="grpo", prompts=P, samples=n, updates=1, max_new_tokens=cap, lr=1e-6,
+                           tokens_per_microbatch=budget)
         optimizer = torch.optim.AdamW(ours.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
         def our_step(i):
@@ -355,7 +362,7 @@ def bench_train(*only, steps=3):
                 num_generations=n, max_completion_length=cap, beta=0.0, num_iterations=1, loss_type="grpo", temperature=1.0,
                 learning_rate=cfg.lr, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.01, shuffle_dataset=False,
                 gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[], logging_strategy="no", eval_strategy="no",
-                save_strategy="no", disable_tqdm=True, cache_implementation=cache)
+                save_strategy="no", disable_tqdm=True, cache_implementation=None if cache == "dynamic" else cache)
             texts = datasets.Dataset.from_dict({"prompt": [text for _, text, _ in problems]})
             trainer = GRPOTrainer(theirs, reward, config, texts, processing_class=tokenizer, callbacks=[Turns()])
             trainer.remove_callback(transformers.PrinterCallback)
@@ -367,7 +374,7 @@ def bench_train(*only, steps=3):
         ratio = statistics.median(ratios)
         out.append({"case": case, **median, "ratio": round(ratio, 2), "spread": [round(min(ratios), 2), round(max(ratios), 2)],
                     "length": length, "per_token": round(ratio * length["ours"] / length["TRL"], 2),
-                    "TRL_rows": micro, "TRL_cache": cache or "dynamic", "trl": trl.__version__})
+                    "TRL_cache": cache, "trl": trl.__version__})
         print(out[-1], flush=True)
     return out
 
@@ -400,19 +407,21 @@ def bench_rewards():
 
 if __name__ == "__main__":
     benches = {"model": bench_model, "rollout": bench_rollout, "mismatch": bench_mismatch, "train": bench_train, "rewards": bench_rewards}
-    what = sys.argv[1] if len(sys.argv) > 1 else ""
-    if what == "peak":
-        print(peak_here(*sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*benches, "peak"])
+    parser.add_argument("only", nargs="*", help="shapes; the rows of others stay as they were")
+    parser.add_argument("--threads", type=int, default=1, help="more than one: wall time instead of CPU seconds")
+    args = parser.parse_args()
+    if args.what == "peak":
+        print(peak_here(*args.only))
         sys.exit()
-    if what not in benches:
-        sys.exit(f"bench.py: {what!r} is none of {', '.join(benches)}")
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    rows = benches[what](*sys.argv[2:])
-    path = Path(__file__).parent / f"results/bench_{what}_{DEVICE}.json"
+    rows = benches[args.what](*args.only)
+    path = Path(__file__).parent / f"results/bench_{args.what}_{DEVICE}{'' if args.threads == 1 else f'_{args.threads}_threads'}.json"
     path.parent.mkdir(exist_ok=True)
-    if len(sys.argv) > 2 and path.exists():  # some of the cases again: the others stay
+    if args.only and path.exists():  # some of the cases again: the others stay
         rows = [r for r in json.loads(path.read_text())["rows"] if r["case"] not in {x["case"] for x in rows}] + rows
-    machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
+    machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, {args.threads} thread{'s' * (args.threads > 1)}"
     path.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__,
                                 "rows": rows}, indent=1))

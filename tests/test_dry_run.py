@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from experiments import dry_run
+from experiments import dry_run, one_rank
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(model_type="qwen2", vocab_size=8192, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
@@ -116,6 +116,26 @@ def test_what_to_turn_is_measured(tmp_path, capsys, monkeypatch):
     assert not any(dry_run.report(cfg, 2)["fits"].values())
     said = capsys.readouterr().out
     assert "--recompute: 0.3 GiB, fits" in said, said
+
+
+def test_one_rank_plays_its_share(monkeypatch):
+    real, passes = train.forward, []
+
+    def forward(model, sequences, prompt_lens, temperature=1.0):
+        if sequences:
+            passes.append((sum(map(len, sequences)), sum(p.to_local().numel() for p in model.parameters())))
+        return real(model, sequences, prompt_lens, temperature)
+    monkeypatch.setattr(train, "forward", forward)
+    cfg = train.Config(loss="grpo", prompts=10, samples=3, updates=2, max_prompt_tokens=40, max_new_tokens=32,
+                       tokens_per_microbatch=200)
+    small = SMALL | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256, "num_hidden_layers": 2}
+    got = one_rank.play(cfg, small, 4, steps=1)
+    tokens, weights = sum(t for t, _ in passes), passes[0][1]
+    assert got["sequences"] == 9 and 10 < tokens / 9 < 42  # 3 of 10 prompts; 10 prompt tokens and a response
+    assert tokens == pytest.approx(got["update_tokens_per_s"] * got["update_s"], rel=0.2)  # a fourth of all
+    assert weights == pytest.approx(got["parameters"] / 4, rel=0.02) and got["update_GiB"] is None
+    assert got["rollout_tokens_per_s"] * got["rollout_s"] == pytest.approx(9 * got["mean_length"])
+    assert not dist.is_initialized() and train.WORLD == 1
 
 
 @pytest.mark.parametrize("args, words", [
