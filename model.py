@@ -266,6 +266,15 @@ def fused(b: Block, c: Config):
     return forward
 
 
+def exact_logits(h, W):
+    """h W^T in float32 (float64 stays), for sampler and trainer alike. Matmuls sum products of bfloat16 numbers in float32 in any
+    case; rounding that sum would move a logit of 20 by up to 0.06, the head being where MiniMax-M1 (2506.13585) saw the two part."""
+    exact = torch.promote_types(h.dtype, torch.float32)
+    if h.is_cuda and h.dtype != exact:
+        return torch.mm(h, W.T, out_dtype=exact)
+    return h.to(exact) @ W.to(exact).T
+
+
 class TokenLogp(torch.autograd.Function):
     """log softmax(h W^T / temperature) at `targets`, with entropy and sum p^2 beside it, in chunks: the (N,V) logits never
     exist at once, and backward computes them again, unless one chunk holds them all. Only logp carries gradient. Float32
@@ -273,7 +282,7 @@ class TokenLogp(torch.autograd.Function):
 
     @staticmethod
     def log_softmax(h, W, temperature):
-        z = (h @ W.T).to(torch.promote_types(h.dtype, torch.float32))
+        z = exact_logits(h, W)
         return (z if temperature == 1 else z.div_(temperature)).log_softmax(-1)
 
     @staticmethod
@@ -362,9 +371,6 @@ class Model(nn.Module):
                 x = (layer.forward if self.whole and not self.fused else layer)(x, rope, attend, i)
         return self.norm(x)
 
-    def logits(self, hidden):
-        return hidden @ self.head_weight.T
-
     def forward(self, ids, lengths=None, targets=None, temperature=1.0, after=None):
         """ids (B,T), right-padded: logits (B,T,V).
         ids (N,), packed sequences of `lengths` (`after`: see causal), and targets (N,), the id to be predicted at each place or
@@ -372,7 +378,7 @@ class Model(nn.Module):
         if lengths is None:
             B, T = ids.shape
             positions, attend = causal([T] * B, ids.device, self.embed_tokens.weight.dtype)
-            return self.logits(self.body(ids.flatten(), positions, attend)).view(B, T, -1)
+            return (self.body(ids.flatten(), positions, attend) @ self.head_weight.T).view(B, T, -1)
         hidden = self.body(ids, *causal(lengths, ids.device, self.embed_tokens.weight.dtype, after))
         at = (targets >= 0).nonzero()[:, 0]
         return TokenLogp.apply(hidden[at], self.head_weight, targets[at], temperature)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Model, attention_kernel, causal
+from model import Model, attention_kernel, causal, exact_logits
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -233,7 +233,7 @@ class Decoder:
         token, position, first, last, alive, hint = self.state[:, :n].unbind()
         rope = [table.index_select(0, position) for table in self.rope]
         hidden = self.model.body(token, position, self.cache.decode(n, position, length), rope)
-        logits, at, banned = self.model.logits(hidden), self.base[:n] + position, None
+        logits, at, banned = exact_logits(hidden, self.model.head_weight), self.base[:n] + position, None
         if self.min_new_tokens:
             banned = (position - first < self.min_new_tokens)[:, None] & (self.goes_on == 0)
         new, logp = draw(logits, self.u.take(at), *self.sampling, banned)

@@ -75,12 +75,13 @@ def architecture(name: str) -> dict:
 @contextmanager
 def pretended(gpus, shards, kernel):
     """The device mesh of rank 0 of `gpus`, all in this process: collectives do nothing, tensors made inside have no data, and
-    packed attention is the GPU's `kernel`, whatever this machine has."""
+    packed attention is the GPU's `kernel`, logits come as on a GPU, whatever this machine has."""
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         mesh = dist.init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replica", "shard"))
         mesh = mesh if shards < gpus else mesh["shard"]  # as train.load_model; needs tensors that have data
-        with FakeTensorMode(), patch.object(network, "attention_kernel", lambda *_: kernel):
+        with FakeTensorMode(), patch.object(network, "attention_kernel", lambda *_: kernel), \
+                patch.object(network, "exact_logits", lambda h, W: torch.mm(h, W.T, out_dtype=torch.float32)):
             yield mesh
     finally:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import model as model_py
-from model import Config, Model, TokenLogp, causal, find_checkpoint
+from model import Config, Model, TokenLogp, causal, exact_logits, find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -72,7 +72,7 @@ def test_left_padded_batch_of_transformers_is_our_packed_one(pair):
     mask = torch.stack([torch.nn.functional.pad(torch.ones(len(r)), (50 - len(r), 0)) for r in rows]).long()
     with torch.no_grad():
         b = hf(left, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[mask.bool()]
-        a = ours.logits(ours.body(torch.cat(rows), *causal(lengths, "cpu")))
+        a = exact_logits(ours.body(torch.cat(rows), *causal(lengths, "cpu")), ours.head_weight)
     assert relative(a, b) < 1e-5
 
 
@@ -144,6 +144,19 @@ def test_save_loads_in_transformers_bit_for_bit(pair, tmp_path, monkeypatch):
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing left aside
     ours.save_pretrained(path)  # over an old one: replaced, not mixed
     assert len(list(path.glob("*.safetensors"))) == len(found)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_logits_are_not_rounded(device):
+    g = torch.Generator().manual_seed(0)
+    h, W = (torch.randn(n, 64, generator=g).to(device, torch.bfloat16) * 2 for n in (50, 300))
+    exact, targets = h.double() @ W.double().T, torch.arange(50, device=device)
+    z = exact_logits(h, W)
+    assert z.dtype == torch.float32 and exact.abs().max() > 60 and (z - exact).abs().max() < 1e-4  # rounded, it is 0.1 or more
+    assert (exact.bfloat16() - exact).abs().max() > 0.1
+    logp = TokenLogp.apply(h, W, targets, 1.0)[0]
+    assert (logp - exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]).abs().max() < 1e-4
+    assert exact_logits(h.double(), W.double()).dtype == torch.float64
 
 
 def test_bfloat16_is_as_good_as_transformers(pair):

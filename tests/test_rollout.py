@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rollout
-from model import Model, causal
+from model import Model, causal, exact_logits
 from rollout import draw, generate, request_key, uniforms
 
 EOS = 3
@@ -52,7 +52,7 @@ def reference(model, prompt, seed, index, limit, temperature, eos=(EOS,)):
 @torch.no_grad()
 def trainer_logp(model, r, temperature=1.0):
     hidden = model.body(torch.tensor(r.tokens), *causal([len(r.tokens)], "cpu"))
-    z = (model.logits(hidden) / temperature).log_softmax(-1)
+    z = (exact_logits(hidden, model.head_weight) / temperature).log_softmax(-1)
     return z[r.prompt_len - 1:-1].gather(1, torch.tensor(r.tokens[r.prompt_len:])[:, None])[:, 0]
 
 
