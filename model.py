@@ -269,7 +269,7 @@ def fused(b: Block, c: Config):
 def exact_logits(h, W):
     """h W^T in float32 (float64 stays), for sampler and trainer alike. Matmuls sum products of bfloat16 numbers in float32 in any
     case; rounding that sum would move a logit of 20 by up to 0.06, the head being where MiniMax-M1 (2506.13585) saw the two part."""
-    exact = torch.promote_types(h.dtype, torch.float32)
+    exact = torch.float64 if h.dtype == torch.float64 else torch.float32
     if h.is_cuda and h.dtype != exact:
         return torch.mm(h, W.T, out_dtype=exact)
     return h.to(exact) @ W.to(exact).T
