@@ -37,7 +37,7 @@ except ImportError:  # torch 2.9
     varlen_attn = None
 
 SHARD_BYTES = 5 * 10**9  # a safetensors file of a saved checkpoint
-LOGITS_CHUNK = 2**26  # elements of float32 logits alive at once in the head: 256 MB
+LOGITS_CHUNK = 2**26  # elements of a chunk of float32 logits in the head: 256 MB, of which two are alive at once
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
                    "generation_config.json")
 
@@ -129,9 +129,10 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 def causal(lengths: list[int], device, dtype=torch.float32, after: list[int] | None = None):
     """(positions (N,), attend) for sequences of `lengths` tokens laid end to end: each token sees its own past only.
-    after[i] is the sequence that sequence i continues, as the samples of one prompt do, or -1 for none: it sees that one too,
-    whose keys and values are computed once."""
+    after[i] = j, if not -1: sequence i is read as if j stood before it, as the samples of one prompt do; their common keys and
+    values are computed once. j itself continues nothing."""
     kernel, after = attention_kernel(torch.device(device), dtype), after or [-1] * len(lengths)
+    assert all(after[j] < 0 for j in after if j >= 0), "a sequence that is continued must not continue another"
     on_device = lambda *arrays: (torch.from_numpy(np.concatenate(a)).to(device) for a in arrays)
     own = [np.arange(end - n, end) for n, end in zip(lengths, itertools.accumulate(lengths))]  # where its tokens stand in the list
     whole = [np.concatenate((own[a], tokens)) if a >= 0 else tokens for a, tokens in zip(after, own)]  # and those it continues
@@ -291,7 +292,7 @@ class TokenLogp(torch.autograd.Function):
         statistic = torch.promote_types(h.dtype, torch.float32)  # all at once: small tensors between the big ones of the loop
         logp, entropy, sum_p2 = (h.new_empty(len(h), dtype=statistic) for _ in range(3))  # would fragment the memory
         for i in range(0, len(h), ctx.chunk):
-            s = slice(i, i + ctx.chunk)
+            s, z, p = slice(i, i + ctx.chunk), None, None  # let go of the chunk before, first
             z = TokenLogp.log_softmax(h[s], W, temperature)
             p = z.exp()
             logp[s] = z.gather(1, targets[s, None])[:, 0]
@@ -306,7 +307,7 @@ class TokenLogp(torch.autograd.Function):
         h, W, targets, *whole = ctx.saved_tensors
         grad, dh, dW = grad[:, None] / ctx.temperature, torch.empty_like(h), torch.zeros_like(W)
         for i in range(0, len(h), ctx.chunk):
-            s = slice(i, i + ctx.chunk)
+            s, p, dz = slice(i, i + ctx.chunk), None, None
             p = whole[0] if whole else TokenLogp.log_softmax(h[s], W, ctx.temperature).exp_()
             dz = torch.mul(p, -grad[s], out=None if whole else p).scatter_add_(1, targets[s, None], grad[s].to(p.dtype)).to(h.dtype)
             dh[s] = dz @ W

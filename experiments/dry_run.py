@@ -225,12 +225,15 @@ def report(cfg, gpus: int) -> dict:
 
 
 def table():
-    """3B and 7B on 8 GPUs, 1024 + 3072 tokens, by micro-batch and recomputation: experiments/results/dry_run.json."""
+    """1024 + 3072 tokens on 8 GPUs by micro-batch and recomputation, and what else README names: experiments/results/dry_run.json."""
+    cases = list(product(("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B"), (8,), (8192, 16384, 32768), (True, False), (False,)))
     rows, path = [], Path(__file__).parent / "results/dry_run.json"
-    for name, tokens, recompute in product(("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B"), (8192, 16384, 32768), (True, False)):
-        m = measure(architecture(name), 8, tokens, 1024, 3072, recompute)
-        rows.append({"model": name, "gpus": 8, "tokens": tokens, "recompute": recompute, "update_GiB": round(m["update"], 1),
-                     "rollout_GiB": round(m["rollout"], 1), **{k: round(v, 2) for k, v in m["categories"].items() if v}})
+    for name, gpus, tokens, recompute, offload in [*cases, ("Qwen/Qwen2.5-7B", 4, 8192, True, False),
+                                                   ("Qwen/Qwen2.5-7B", 8, 16384, True, True)]:
+        m = measure(architecture(name), gpus, tokens, 1024, 3072, recompute, offload)
+        rows.append({"model": name, "gpus": gpus, "tokens": tokens, "recompute": recompute, "offload": offload,
+                     "update_GiB": round(m["update"], 1), "rollout_GiB": round(m["rollout"], 1), "host_GiB": round(m["host"], 1),
+                     **{k: round(v, 2) for k, v in m["categories"].items() if v}})
         print(rows[-1], flush=True)
     path.write_text(json.dumps({"torch": torch.__version__, "prompt": 1024, "response": 3072, "rows": rows}, indent=1) + "\n")
 
