@@ -113,6 +113,23 @@ def test_neighbours_in_a_pack_do_not_touch(pair):
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("lengths, after", [
+    ([4, 3, 5, 1], [-1, 0, 0, 0]), ([2, 3], [1, -1]), ([3, 2], [-1, 0]), ([1, 1, 6, 2], [2, -1, -1, 2]), ([3, 3], [-1, -1])])
+def test_sequences_that_continue_another(lengths, after):
+    """Against one sequence at a time with its past written out; also where the past stands later in the list."""
+    positions, attend = causal(lengths, "cpu", after=after)
+    q, k, v = (torch.randn(sum(lengths), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    parts, got, where = [x.split(lengths) for x in (q, k, v)], attend(0, q, k, v).split(lengths), positions.split(lengths)
+    for i, j in enumerate(after):
+        past = lengths[j] if j >= 0 else 0
+        K, V = (torch.cat((x[j], x[i])) if past else x[i] for x in parts[1:])
+        assert where[i].tolist() == list(range(past, past + lengths[i]))
+        for t in range(lengths[i]):
+            for head in range(4):
+                p = (K[:past + t + 1, head // 2] @ parts[0][i][t, head] / 8**0.5).softmax(0)
+                assert torch.allclose(got[i][t, head], p @ V[:past + t + 1, head // 2])
+
+
 def test_recompute_changes_nothing(pair):
     _, ours, _ = pair
     ids, targets = torch.randint(0, 97, (60,)), torch.randint(0, 97, (60,))
