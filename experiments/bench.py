@@ -223,7 +223,7 @@ def bench_rollout(*only):
         def hf(cap, eos, cache):
             torch.manual_seed(1)
             out = theirs.generate(batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=cap,
-                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=None if cache == "dynamic" else cache)
+                                  top_k=0, eos_token_id=eos or None, pad_token_id=0, cache_implementation=cache)
             count(cache or "dynamic", out[:, length:].tolist(), set(eos))
 
         def hf_continuous(cap, eos):
