@@ -1,14 +1,15 @@
-"""The loop, top to bottom: rollout -> reward -> advantage -> K updates -> log, save, eval.
+"""The loop, top to bottom: rollout -> reward -> advantage -> K updates -> log, eval, save.
 
-    python train.py                                                                   # a laptop: minutes, no GPU, no network
-    torchrun --nproc_per_node=8 train.py --loss acpo --model Qwen/Qwen2.5-7B --data orz57k --template orz \\
-        --prompts 128 --samples 10 --updates 2 --max_new_tokens 3072 --lr 1e-6 --tokens_per_microbatch 16384
-    python train.py --out runs/mine --resume --steps 300                              # go on where it stopped
-    python train.py --dry_run 8 --model Qwen/Qwen2.5-7B ...                           # does it fit? Memory of a rank; no GPU needed
+    python train.py                                        # a laptop: no GPU, no network, a minute
+    torchrun --nproc_per_node=8 train.py --loss acpo --model Qwen/Qwen2.5-7B --data orz57k \\
+        --template orz --prompts 128 --samples 10 --updates 2 --max_new_tokens 3072 --lr 1e-6 \\
+        --tokens_per_microbatch 16384 --recompute
+    python train.py --out runs/mine --resume --steps 300   # go on where it stopped
 
-Without --model a small Qwen2 is built for a procedural task and warm-started on demonstrations, so that the reward has
-something to select from. Every rank holds all rollouts of a step (token ids are small) and computes the same plan of
-mini-batches and micro-batches from them, so that nobody has to hand out work.
+Without --model, also under torchrun, a small model is built for a procedural task and warm-started
+on demonstrations, so that the reward has something to select from. Every rank holds all rollouts
+of a step (token ids are small) and computes the same plan of mini-batches and micro-batches from
+them, so nobody has to hand out work. What the loop calls stands below it, in the order of the calls.
 """
 import argparse
 import dataclasses
@@ -17,232 +18,818 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
-import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import losses
-from experiments.warm_start import new_model
-from model import Model, attention_kernel, replace_directory
-from rewards import Scorer
-from rollout import Cancelled, generate
+import rewards
+from model import (Model, attention_kernel, checksums, damaged, pack, read_json, read_tensors,
+                   replace_directory, write_tensors, write_text)
+from rollout import Rollout, generate
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+MAIN = RANK == 0  # the rank that writes and speaks
+GPU = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+DEVICE = GPU if torch.cuda.is_available() else torch.device("cpu")
 
 
-def flag(default, text):
-    kw = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text}, **kw)
+def train(run: "Run") -> None:
+    """The algorithm. From the second update on, the policy is not the one that sampled any more;
+    what to do with the ratio of the two is what the objectives in losses.py differ in."""
+    flags = run.flags
+    objective = losses.OBJECTIVES[flags.loss]
+    while run.step < flags.steps and not run.stopped:
+        run.step += 1
+        metrics = dict.fromkeys(METRICS) | {"step": run.step}
+        if run.step == 1:
+            metrics["eval"] = evaluate(run)  # what the model can do before it learns
+        began = time.time()
+
+        # Rollout and reward: --samples scored responses to each of --prompts questions.
+        rollouts, sampled = collect(run)
+        rollout_seconds = time.time() - began
+
+        # Advantage: by how much a response is better than the others of its group.
+        assign_advantages(rollouts, flags)
+
+        # Learning: K gradient steps, each on a mini-batch of the rollouts that no other has.
+        meter, norms = Meter(), []
+        if flags.old_logp == "trainer":
+            recompute_old_logp(run, rollouts, meter)
+        for _ in range(flags.epochs):
+            for extra in objective.passes:  # one, except for an objective that asks for more
+                for minibatch in minibatches(rollouts, flags):
+                    norms.append(update(run, minibatch, extra, meter, first=not norms))
+        update_seconds = time.time() - began - rollout_seconds
+
+        # Log, evaluate, save.
+        if run.step > 1 and (run.step % flags.eval_every == 0 or run.step == flags.steps):
+            metrics["eval"] = evaluate(run)
+        metrics |= describe(sampled, flags) | meter.means() | gradient_norms(norms)
+        metrics["rollout_tps"] = sum(r.length for r in sampled) / rollout_seconds
+        metrics["update_tps"] = sum(r.length for r in rollouts) * flags.epochs / update_seconds
+        metrics["seconds"] = time.time() - began
+        run.stopped = any(gather([run.stop.told]))
+        run.log.write(metrics)
+        give_up_on_nan(run)
+        if run.stopped or run.step % flags.save_every == 0 or run.step == flags.steps:
+            save(run)
+
+
+# ---- Flags -------------------------------------------------------------------------------------
+
+def flag(default, text, **how):
+    """A field of Flags; `how` goes to argparse. Kinds of numbers: see within()."""
+    return field(default=default, metadata={"help": text, **how})
+
+
+def within(least, most=10**12, kind=int):
+    """A type for argparse: a number from `least` to `most`."""
+    def number(text):
+        value = kind(text)
+        if not least <= value <= most:  # nan is not either
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
+        return value
+    return number
+
+
+def truth(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+    return text.lower() == "true"
+
+
+COUNT, OR_NONE = {"type": within(1)}, {"type": within(0)}
+WORDS = {"type": str, "nargs": "*"}
+SWITCH = {"type": truth, "nargs": "?", "const": True}
 
 
 @dataclass
-class Config:
-    """Every flag. Defaults: the laptop run, one to two minutes on 2 CPU cores."""
+class Flags:
+    """Every flag is a field. The defaults are the laptop run."""
     loss: str = flag("acpo", "objective, by its name in losses.py")
-    loss_args: list[str] = flag([], "its hyper-parameters, as alpha=2 eps=0.1")
-    advantage: str = flag("", "grpo, mean, rloo, maxrl, gpg, reinforce_pp, reward, signed (default: the objective's own)")
-    agg: str = flag("", "token-mean, seq-mean-token-mean, seq-mean-token-sum[-norm] (default: the objective's own)")
-    acpo_stats: Literal["batch", "micro"] = flag("batch", "ACPO's ratio statistics: over the whole mini-batch and all ranks, or micro (official code)")
+    loss_args: tuple = flag((), "its hyper-parameters, as alpha=2 eps=0.1", **WORDS)
+    advantage: str = flag("", f"{', '.join(losses.ADVANTAGES)} (default: the objective's own)")
+    agg: str = flag("", f"{', '.join(losses.AGGREGATIONS)} (default: the objective's own)")
+    acpo_stats: str = flag("batch", "ACPO's statistics: over the mini-batch of all ranks, or micro "
+                           "(official code)", choices=("batch", "micro"))
 
-    model: str = flag("", "checkpoint directory or hub id (default: a new small model, warm-started on demonstrations)")
-    data: str = flag("chainsum", "training problems: a procedural task, a hub dataset or a .jsonl/.json/.csv/.parquet file")
+    model: str = flag("", "checkpoint directory or hub id (default: a new small model)")
+    data: str = flag("chainsum", "procedural task, hub dataset, rg:NAME or a local file")
+    data_args: tuple = flag((), "configuration of an rg: task, as size=4", **WORDS)
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
-    template: str = flag("none", "prompt template: none, orz, r1, tinyzero, qwen_math, chat")
+    template: str = flag("auto", f"auto, {', '.join(data.TEMPLATES)}")
+    template_args: tuple = flag((), "for chat templates, as enable_thinking=false", **WORDS)
 
-    steps: int = flag(100, "rollouts; each is followed by --updates gradient steps")
-    prompts: int = flag(32, "prompts per step")
-    samples: int = flag(16, "responses per prompt: the group")
-    updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups, each used once")
-    epochs: int = flag(1, "passes over each rollout")
-    max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
-    max_new_tokens: int = flag(0, "longest response (default: 1024 with --model, else twice the longest demonstration)")
-    temperature: float = flag(1.0, "of sampling, and of the log-probs that are trained")
-    dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups whose scores are all equal")
-    overlong_buffer: int = flag(0, "DAPO: each of the last so many tokens before --max_new_tokens costs reward, 1 in all")
-    mask_truncated: bool = flag(False, "responses cut at --max_new_tokens stay out of the loss (their scores still count in the group)")
-    old_logp: Literal["sampler", "trainer"] = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more forward pass over the rollout")
+    steps: int = flag(100, "rollouts, each followed by --updates gradient steps", **COUNT)
+    prompts: int = flag(32, "questions per step", **COUNT)
+    samples: int = flag(16, "responses per question: the group", **COUNT)
+    updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups", **COUNT)
+    epochs: int = flag(1, "passes over each rollout", **COUNT)
+    max_prompt_tokens: int = flag(1024, "a longer prompt is an error", **COUNT)
+    max_new_tokens: int = flag(0, "longest response (0: 1024 with --model, else twice the longest "
+                               "demonstration)", **OR_NONE)
+    temperature: float = flag(1.0, "of sampling, and of the trained log-probs",
+                              type=within(1e-3, 1e3, float))
+    dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups "
+                                 "whose scores are all equal", **OR_NONE)
+    overlong_buffer: int = flag(0, "DAPO: the last so many tokens cost reward, 1 in all", **OR_NONE)
+    mask_truncated: bool = flag(False, "cut responses stay out of the loss", **SWITCH)
+    old_logp: str = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more "
+                         "forward pass over the rollout", choices=("sampler", "trainer"))
 
-    lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B")
-    beta2: float = flag(0.95, "of Adam; verl's default, and so ACPO's run, is 0.999")
-    warmup: int = flag(0, "steps of linear warm-up; then the rate is constant, whatever --steps is")
-    weight_decay: float = flag(0.01, "of matrices; norms and biases have none")
-    clip_norm: float = flag(1.0, "largest gradient norm")
-    kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
-    tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory runs out (0: 16384 on CUDA, 4096 on CPU)")
-    recompute: bool = flag(False, "activation checkpointing: far less memory, a third more compute")
-    compile: bool = flag(False, "torch.compile the blocks for the update; sampling stays as it is")
-    offload: bool = flag(False, "keep sharded weights, gradients and Adam states in CPU memory between passes (more than one rank, or CUDA)")
-    shards_per_replica: int = flag(0, "HSDP: ranks that share one copy of the weights, as the 8 of a node; 0: all of them")
-    kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: 60 %% of the free GPU memory, 2 GiB on CPU)")
-    dry_run: int = flag(0, "print the memory that a rank would need with so many GPUs, and stop")
+    lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B",
+                     type=within(1e-12, 1e3, float))
+    beta2: float = flag(0.95, "of Adam; verl's, and so ACPO's, is 0.999",
+                        type=within(0, 0.999999, float))
+    warmup: int = flag(0, "steps of linear warm-up; then the rate is constant", **OR_NONE)
+    weight_decay: float = flag(0.01, "of matrices; norms and biases have none",
+                               type=within(0, 1, float))
+    clip_norm: float = flag(1.0, "largest gradient norm (0: any)", type=within(0, kind=float))
+    kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model",
+                          type=within(0, kind=float))
+    tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory "
+                                      "runs out (0: 16384 on CUDA, 4096 on CPU)", **OR_NONE)
+    recompute: bool = flag(False, "activation checkpointing: less memory, more compute", **SWITCH)
+    compile: bool = flag(False, "torch.compile the blocks for the update", **SWITCH)
+    offload: bool = flag(False, "keep weights, gradients and Adam states in CPU memory", **SWITCH)
+    shards_per_replica: int = flag(0, "HSDP: ranks that share one copy of the weights, as the 8 "
+                                   "of a node (0: all)", **OR_NONE)
+    kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: 60 %% of the free GPU memory, "
+                          "2 GiB on CPU)", **OR_NONE)
 
-    width: int = flag(64, "hidden size of the new small model")
-    layers: int = flag(2, "layers of the new small model")
-    skill_steps: int = flag(500, "warm start: steps on demonstrations that work things out (0: no warm start at all)")
-    habit_steps: int = flag(100, "warm start: steps on demonstrations that mostly guess")
+    width: int = flag(64, "hidden size of the new small model", **COUNT)
+    layers: int = flag(2, "layers of the new small model", **COUNT)
+    skill_steps: int = flag(500, "warm start: steps on demonstrations that work things out "
+                            "(0: no warm start at all)", **OR_NONE)
+    habit_steps: int = flag(100, "warm start: steps on demonstrations that guess", **OR_NONE)
 
-    seed: int = flag(0, "of data order, sampling and the new model")
+    seed: int = flag(0, "of data order, sampling and the new model", type=within(0, 2**20))
     out: str = flag("", "run directory (default: runs/default, or the next free runs/default-N)")
-    resume: bool = flag(False, "continue the run in --out from its last checkpoint, bit for bit")
-    eval_every: int = flag(10, "steps between held-out evaluations")
-    eval_problems: int = flag(512, "held-out problems, one sampled response each")
-    save_every: int = flag(50, "steps between checkpoints; the last step is always saved")
-    keep: int = flag(2, "newest checkpoints kept")
-    threads: int = flag(1, "CPU threads: more than the free cores is many times slower than one")
+    resume: bool = flag(False, "continue the run in --out from its last checkpoint", **SWITCH)
+    resume_from: str = flag("", "with --resume: from this checkpoint instead, as step-000100")
+    eval_every: int = flag(10, "steps between held-out evaluations", **COUNT)
+    eval_problems: int = flag(512, "held-out problems, one sampled response each", **COUNT)
+    save_every: int = flag(50, "steps between checkpoints; the last is always saved", **COUNT)
+    keep: int = flag(2, "newest checkpoints kept", **COUNT)
+    threads: int = flag(1, "CPU threads: more than are free is far slower than one", **COUNT)
+    timeout: int = flag(20, "minutes until a rank that hangs ends the others; longer than the "
+                        "longest rollout", **COUNT)
 
-    def __post_init__(self):
-        on_gpu = DEVICE.type == "cuda" or self.dry_run
-        self.tokens_per_microbatch = self.tokens_per_microbatch or (16384 if on_gpu else 4096)
-        if self.model and (Path(self.model) / "latest").is_file():  # a run directory: the checkpoint that is its newest now, also after a resume
-            self.model = str(Path(self.model) / (Path(self.model) / "latest").read_text())
-
-
-# ---- Setting up --------------------------------------------------------------------------------------------------------
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-MAIN = RANK == 0
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-KERNEL = attention_kernel(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
-METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl grad_norm zero_groups truncated
-no_answer unparsable timeout error skipped refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max
-rollout_tps update_tps seconds""".split()
+    def hyperparameters(self) -> dict:
+        return data.parse_args(self.loss_args, "--loss_args")
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and every flag's default."""
+@dataclass
+class Run:
+    """What a run holds: all state that changes between two steps is here or in the model."""
+    flags: Flags
+    out: Path
+    model: Model
+    reference: Model | None  # the initial model, for --kl_beta
+    tokenizer: object
+    end_ids: list[int]  # tokens that end a response
+    scorer: rewards.Scorer
+    questions: list[data.Question]
+    held_out: list[data.Question]
+    optimizer: torch.optim.Optimizer
+    log: "Log"
+    stop: "StopSignal"
+    step: int = 0  # the last one that is done, or the one at hand
+    position: int = 0  # number of the next question in the endless series
+    stopped: bool = False
 
 
-def parse() -> Config:
-    from transformers import HfArgumentParser
-    parser = HfArgumentParser(Config, description=__doc__, allow_abbrev=False, formatter_class=Help)
-    parser.error = lambda message: sys.exit(f"train.py: {message}; --help lists every flag")
-    known = parser.parse_known_args()[0]
-    if known.resume:  # the run's own flags are the defaults; what is typed now goes before
-        runs = sorted(Path("runs").glob("default*/config.json"), key=lambda p: p.stat().st_mtime)
-        out = Path(known.out or (runs[-1].parent if runs else "runs/default"))
-        if not (out / "config.json").is_file():
-            raise ValueError(f"--resume: {out / 'config.json'} does not exist: there is no run to continue in {out}")
-        saved = json.loads((out / "config.json").read_text()) | {"out": str(out)}
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
-    cfg, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    for name in ("model", "data", "width", "layers", "skill_steps", "habit_steps", "seed") if known.resume else ():
-        if getattr(cfg, name) != saved.get(name, getattr(cfg, name)):
-            raise ValueError(f"--resume: --{name} was {saved[name]!r} in this run and cannot become {getattr(cfg, name)!r}")
-    if rest:
-        names = ["--" + f for f in Config.__dataclass_fields__]
-        raise ValueError(data.nearest("--" + rest[0].split("=")[0].lstrip("-").replace("-", "_"), names, "flag"))
-    for f in dataclasses.fields(Config):  # whole numbers start at 1, unless 0 is the default or means "none of it"
-        value, least = getattr(cfg, f.name), 0 if f.default == 0 or f.name in ("skill_steps", "habit_steps") else 1
-        if type(value) is int and value < least:
-            raise ValueError(f"--{f.name} {value}: must be at least {least}")
-    if cfg.lr <= 0 or cfg.temperature <= 0 or not 0 <= cfg.beta2 < 1:
-        raise ValueError(f"--lr {cfg.lr} and --temperature {cfg.temperature} must be above 0, --beta2 {cfg.beta2} in [0, 1)")
-    if cfg.updates > cfg.prompts * cfg.samples:
-        raise ValueError(f"--updates {cfg.updates}: more mini-batches than the {cfg.prompts} x {cfg.samples} responses of a step")
-    if cfg.width % 8:
-        raise ValueError(f"--width {cfg.width}: must be a multiple of 8 (four heads of even size)")
-    world = cfg.dry_run or WORLD
-    if cfg.shards_per_replica and world % cfg.shards_per_replica:
-        raise ValueError(f"--shards_per_replica {cfg.shards_per_replica}: {world} ranks cannot be split into such groups; "
-                         f"{math.gcd(world, cfg.shards_per_replica)} would do, or 0")
-    if cfg.offload and WORLD == 1 and DEVICE.type == "cpu" and not cfg.dry_run:
-        raise ValueError("--offload: one process on a CPU has nothing to offload from; --offload False")
-    probe = torch.zeros(1, 1, requires_grad=True)  # let losses.py itself say what is wrong with a name
+# ---- Rollout and reward ------------------------------------------------------------------------
+
+def collect(run) -> tuple[list[Rollout], list[Rollout]]:
+    """(rollouts to train on, all that were sampled): --prompts groups of --samples each. Dynamic
+    sampling (DAPO, 2503.14476) replaces groups whose scores are all equal, as they teach nothing;
+    after so many refills they are taken as they are."""
+    flags, sampled, useful, flat = run.flags, [], [], []
+    for _ in range(1 + flags.dynamic_sampling):
+        missing = flags.prompts - len(useful)
+        numbers = range(run.position, run.position + missing)
+        run.position += missing
+        questions = [question_number(run, number) for number in numbers]
+        rollouts = sample(run, questions, numbers, flags.samples)
+        sampled += rollouts
+        for group in groups_of(rollouts, flags.samples):
+            same = len({r.score for r in group}) == 1
+            (flat if same else useful).append(group)
+        if len(useful) == flags.prompts:
+            break
+    chosen = useful + flat[:flags.prompts - len(useful)]
+    chosen.sort(key=lambda group: group[0].group)
+    return [rollout for group in chosen for rollout in group], sampled
+
+
+def question_number(run, number) -> data.Question:
+    """An endless series, shuffled anew every epoch: a function of the seed and the number alone,
+    so that a resumed run needs no random state."""
+    epoch, i = divmod(number, len(run.questions))
+    return run.questions[shuffled(len(run.questions), run.flags.seed, epoch)[i]]
+
+
+@lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    order = list(range(count))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
+def sample(run, questions, numbers, n) -> list[Rollout]:
+    """n scored responses to each question, question-major, on every rank; the questions are spread
+    over the ranks. `numbers` (one per question) seed the sampling and name the groups."""
+    flags, mine = run.flags, range(RANK, len(questions), WORLD)
+    with whole_weights(run.model):
+        rollouts = generate(
+            run.model, [questions[i].ids for i in mine], n, flags.max_new_tokens,
+            flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
+            eos_ids=run.end_ids, stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
+            kv_tokens=flags.kv_tokens or None, progress=MAIN)
+    asked = [i for i in mine for _ in range(n)]
+    to_grade = []
+    for i, rollout in zip(asked, rollouts):
+        problem, response = questions[i].problem, rollout.tokens[rollout.prompt_len:]
+        text = data.response_text(response, run.tokenizer, run.end_ids)
+        to_grade.append((problem.task, text, problem.answer))
+    for i, rollout, grade in zip(asked, rollouts, run.scorer(to_grade)):
+        rollout.group = numbers[i]
+        rollout.score, rollout.status = grade
+    place = {number: i for i, number in enumerate(numbers)}
+    # The sort is stable: a group's samples stay in order, whichever rank drew them.
+    return sorted(gather(rollouts), key=lambda rollout: place[rollout.group])
+
+
+def evaluate(run) -> float:
+    """Mean score of one sampled response to each held-out question; seeds are below 0, training's
+    are not, so that neither touches the other."""
+    numbers = [-1 - i for i in range(len(run.held_out))]
+    rollouts = sample(run, run.held_out, numbers, 1)
+    return sum(r.score for r in rollouts) / len(rollouts)
+
+
+@contextmanager
+def whole_weights(model):
+    """Under FSDP, keep all weights gathered inside, and call the blocks past its hooks: sampling
+    takes thousands of forward passes, of another number on every rank, and none of them may wait
+    for a collective."""
+    units = [m for m in model.modules() if hasattr(m, "unshard")]
+    for unit in units:
+        unit.unshard()
+    model.whole = True
     try:
-        losses.policy_loss(cfg.loss, probe, torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), agg=cfg.agg or None,
-                           entropy=torch.zeros(1, 1), **hyperparameters(cfg))
-    except (TypeError, RuntimeError, IndexError) as e:
-        raise ValueError(f"--loss_args {' '.join(cfg.loss_args)}: {cfg.loss} cannot use that ({str(e).splitlines()[0]})") from None
-    losses.advantages(torch.zeros(1), 1, cfg.advantage or "grpo", torch.ones(1))
-    if not cfg.max_new_tokens:
-        demos = data.demos(cfg.data, 256, "skill") + data.demos(cfg.data, 256, "habit") if cfg.data in data.TASKS else []
-        cfg.max_new_tokens = 1024 if cfg.model or not demos else 2 * max(len(r) for _, r in demos)
-    if cfg.overlong_buffer > cfg.max_new_tokens:
-        raise ValueError(f"--overlong_buffer {cfg.overlong_buffer}: longer than a response, --max_new_tokens {cfg.max_new_tokens}")
-    return cfg
+        yield
+    finally:
+        model.whole = False
+        for unit in units:
+            unit.reshard()
+        if DEVICE.type == "cuda":  # else the update carves the KV cache's block into pieces
+            torch.cuda.empty_cache()
 
 
-def hyperparameters(cfg) -> dict:
-    """--loss_args alpha=2 eps=0.1 to {"alpha": 2, "eps": 0.1}."""
-    out = {}
-    for arg in cfg.loss_args:
-        name, eq, value = arg.partition("=")
-        if not eq:
-            raise ValueError(f"--loss_args {arg}: write name=value")
-        try:
-            out[name] = None if value == "None" else int(value) if value.isdigit() else float(value)
-        except ValueError:
-            out[name] = value
-    return out
+# ---- Advantage ---------------------------------------------------------------------------------
+
+def assign_advantages(rollouts, flags) -> None:
+    """Sets .advantage and .pass_rate of every rollout."""
+    scores = torch.tensor([r.score for r in rollouts])
+    lengths = torch.tensor([r.length for r in rollouts])
+    reward = scores
+    if flags.overlong_buffer:  # DAPO's soft punishment of what is nearly too long: 1 in all
+        over = lengths - (flags.max_new_tokens - flags.overlong_buffer)
+        reward = scores - over.clamp(min=0) / flags.overlong_buffer
+    kind = flags.advantage or losses.OBJECTIVES[flags.loss].advantage
+    advantages = losses.advantages(reward, flags.samples, kind, lengths)
+    pass_rates = scores.view(-1, flags.samples).mean(1).repeat_interleave(flags.samples)
+    for rollout, advantage, rate in zip(rollouts, advantages.tolist(), pass_rates.tolist()):
+        rollout.advantage = advantage
+        rollout.pass_rate = rate
 
 
-def open_run(cfg) -> Path:
-    """The run directory: new (or to be resumed) and writable, or the line that says why not. Nothing is overwritten."""
-    out = Path(cfg.out)
-    if not cfg.out:
-        names = (Path(f"runs/default{'' if i == 1 else f'-{i}'}") for i in range(1, 10**6))
-        out = next(p for p in names if claim(p))
-    elif not cfg.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
-        raise ValueError(f"--out {out} holds a run already: choose another directory, or continue it with --resume")
+# ---- Learning ----------------------------------------------------------------------------------
+
+def groups_of(items, size) -> list[list]:
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def minibatches(rollouts, flags) -> list[list[Rollout]]:
+    """K lists: of whole groups, or of single responses where K exceeds the prompts."""
+    units = groups_of(rollouts, flags.samples if flags.updates <= flags.prompts else 1)
+    borders = [round(k * len(units) / flags.updates) for k in range(flags.updates + 1)]
+    batches = []
+    for first, last in zip(borders, borders[1:]):
+        batch = [rollout for unit in units[first:last] for rollout in unit]
+        if flags.mask_truncated:
+            batch = [rollout for rollout in batch if rollout.finished]
+        if batch:
+            batches.append(batch)
+    return batches
+
+
+def update(run, minibatch, extra, meter, first=False) -> float:
+    """One gradient step on a mini-batch, which every rank holds whole; each takes its own
+    micro-batches. `extra`: hyper-parameters of this pass. `first`: nothing has been updated since
+    the rollout. Returns the gradient norm; where it is not finite, the step was skipped."""
+    flags, objective = run.flags, losses.OBJECTIVES[run.flags.loss]
+    hyper = flags.hyperparameters() | extra
+    parts = microbatches(minibatch, flags.tokens_per_microbatch)
+    # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
+    totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
+              "winning_groups": len({r.group for r in minibatch if r.advantage > 0})}
+    if objective.statistics and flags.acpo_stats == "batch":
+        totals["statistics"] = statistics(run, objective, parts, hyper, first)
+
+    mine = parts[RANK::WORLD]
+    for micro in mine:
+        if flags.shards_per_replica:  # HSDP: the replicas' gradients meet once, at the end
+            run.model.set_requires_all_reduce(micro is mine[-1])
+        tokens = token_stats(run.model, micro, flags)
+        ref_logp = None
+        if run.reference is not None:
+            with torch.no_grad():
+                ref_logp = token_stats(run.reference, micro, flags).logp
+        if not micro:  # under FSDP, this rank too must take part in every pass
+            tokens.logp.sum().backward()
+            continue
+        loss, metrics = losses.policy_loss(
+            flags.loss, tokens.logp, tokens.old_logp, per_rollout(micro, "advantage"), tokens.mask,
+            agg=flags.agg or None, entropy=tokens.entropy, sum_p2=tokens.sum_p2,
+            pass_rate=per_rollout(micro, "pass_rate"), group_size=flags.samples,
+            max_len=flags.max_new_tokens, totals=totals, ref_logp=ref_logp, kl_beta=flags.kl_beta,
+            **hyper)
+        (loss * WORLD).backward()  # FSDP averages over ranks, while `totals` count all of them
+        metrics["entropy"] = tokens.entropy[tokens.mask].mean()
+        meter.add(metrics, int(tokens.mask.sum()))
+        if first and flags.old_logp == "sampler":
+            meter.compare(tokens.old_logp[tokens.mask], tokens.logp[tokens.mask])
+    return step_optimizer(run)
+
+
+def step_optimizer(run) -> float:
+    """Clip the gradient's norm and take Adam's step, unless something in it is not finite."""
+    flags = run.flags
+    for group in run.optimizer.param_groups:
+        group["lr"] = flags.lr * min(1.0, run.step / max(1, flags.warmup))
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), flags.clip_norm or math.inf)
+    if hasattr(norm, "full_tensor"):  # sharded: each rank has a part of it
+        norm = norm.full_tensor()
+    norm = norm.item()
+    if math.isfinite(norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
+
+
+def microbatches(rollouts, budget) -> list[list[Rollout]]:
+    """Bins of nearly equal tokens, at most `budget` unless one rollout alone is longer. Their number
+    is a multiple of the ranks, and rank r takes bins r, r + WORLD, ...; a bin may be empty."""
+    padded = attention_kernel(DEVICE, compute_dtype()) == "sdpa"
+    longest = defaultdict(int)  # of each group
+    for rollout in rollouts:
+        longest[rollout.group] = max(longest[rollout.group], len(rollout.tokens))
+
+    def order(rollout):
+        """Like lengths together where attention pads them; else groups, which share a prompt."""
+        length = len(rollout.tokens) if padded else longest[rollout.group]
+        return length, rollout.group
+    rollouts = sorted(rollouts, key=order)
+    size = sum(len(r.tokens) for r in rollouts)
+    count = WORLD * math.ceil(size / (budget * WORLD))
+    while True:
+        bins, seen = [[] for _ in range(count)], 0
+        for rollout in rollouts:
+            middle = seen + len(rollout.tokens) / 2
+            bins[int(middle / size * count)].append(rollout)
+            seen += len(rollout.tokens)
+        if all(len(b) < 2 or sum(len(r.tokens) for r in b) <= budget for b in bins):
+            return bins
+        count += WORLD
+
+
+class TokenStats(NamedTuple):
+    """(B,T) tensors of a micro-batch, a row per response, padded on the right with 0."""
+    mask: Tensor  # bool: where there is a response token
+    old_logp: Tensor
+    logp: Tensor  # with gradient
+    entropy: Tensor
+    sum_p2: Tensor
+
+
+def token_stats(model, rollouts, flags) -> TokenStats:
+    """The model's view of the response tokens. The model sees no padding (see model.pack)."""
+    mask, old_logp = recorded(rollouts)
+    sequences = [r.tokens for r in rollouts]
+    prompt_lens = [r.prompt_len for r in rollouts]
+    now = model(*pack(sequences, prompt_lens, DEVICE), flags.temperature)
+    padded = [torch.zeros(mask.shape, device=DEVICE, dtype=t.dtype) for t in now]
+    return TokenStats(mask, old_logp, *(p.masked_scatter(mask, t) for p, t in zip(padded, now)))
+
+
+def recorded(rollouts) -> tuple[Tensor, Tensor]:
+    """(mask, log-probs of the policy that sampled): (B,T) each."""
+    lengths = torch.tensor([r.length for r in rollouts], dtype=torch.long, device=DEVICE)
+    longest = max((r.length for r in rollouts), default=1)
+    mask = torch.arange(longest, device=DEVICE) < lengths[:, None]
+    flat = [logp for r in rollouts for logp in r.old_logp or r.logp]
+    flat = torch.tensor(flat, device=DEVICE, dtype=torch.float32)
+    return mask, torch.zeros(mask.shape, device=DEVICE).masked_scatter(mask, flat)
+
+
+def per_rollout(rollouts, name) -> Tensor:
+    return torch.tensor([getattr(r, name) for r in rollouts], device=DEVICE)
+
+
+@torch.no_grad()
+def statistics(run, objective, parts, hyper, first) -> Tensor:
+    """What an objective must know of the whole mini-batch before its first loss (ACPO: moments of
+    the ratio), summed over micro-batches and ranks: one more forward pass. Before the first update
+    the ratio is 1 but for rounding, and the pass is spared."""
+    total = 0
+    for micro in parts[RANK::WORLD]:
+        mask, old_logp = recorded(micro)
+        logp = old_logp if first else token_stats(run.model, micro, run.flags).logp
+        total = total + objective.statistics(logp, old_logp, mask, **hyper)
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def recompute_old_logp(run, rollouts, meter) -> None:
+    """Put the trainer's own log-probs in the place of the sampler's, on every rank."""
+    mine = []
+    numbered = {id(rollout): i for i, rollout in enumerate(rollouts)}
+    for micro in microbatches(rollouts, run.flags.tokens_per_microbatch)[RANK::WORLD]:
+        tokens = token_stats(run.model, micro, run.flags)
+        meter.compare(tokens.old_logp[tokens.mask], tokens.logp[tokens.mask])
+        for rollout, logp in zip(micro, tokens.logp):
+            mine.append((numbered[id(rollout)], logp[:rollout.length].tolist()))
+    for i, logp in gather(mine):
+        rollouts[i].old_logp = logp
+
+
+# ---- Metrics -----------------------------------------------------------------------------------
+
+METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl
+grad_norm zero_groups truncated no_answer unparsable timeout error skipped refills pos_peak
+pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps update_tps seconds""".split()
+SHOWN = "reward eval length entropy clip_low clip_high rollout_tps".split()
+STATUSES = ("no_answer", "unparsable", "timeout", "error")
+
+
+class Meter:
+    """Means over the tokens of a step, whatever the cut into micro-batches and ranks: sums travel,
+    and a root is taken once, in the end."""
+
+    def __init__(self):
+        self.sums = defaultdict(float)
+        self.worst = 0.0  # largest difference of a log-prob between sampler and trainer
+
+    def add(self, metrics: dict[str, Tensor], tokens: int) -> None:
+        values = torch.stack([v.double() for v in metrics.values()]).tolist()  # waits once
+        for name, value in zip(metrics, values):
+            self.sums[name] += value * tokens
+        self.sums["tokens"] += tokens
+
+    def compare(self, sampler_logp, trainer_logp) -> None:
+        """Sampler against trainer before anything is updated: k3 KL, and the worst token."""
+        gap = (sampler_logp - trainer_logp.detach()).double()
+        self.sums["sampler_kl"] += (gap.expm1() - gap).sum().item()
+        self.sums["compared"] += len(gap)
+        if len(gap):
+            self.worst = max(self.worst, gap.abs().max().item())
+
+    def means(self) -> dict[str, float]:
+        """Over all ranks, which must all call it."""
+        meters = gather([self])
+        sums = {name: 0.0 for meter in meters for name in meter.sums}
+        for name in sums:
+            sums[name] = sum(meter.sums[name] for meter in meters)
+        compared, tokens = sums.pop("compared", 0), sums.pop("tokens", 0)
+        sampler_kl = sums.pop("sampler_kl", 0.0) / max(1, compared)
+        means = {name: value / tokens for name, value in sums.items()}
+        if means:
+            variance = means.pop("ratio_sq") - (means["ratio_mean"] - 1)**2
+            means["ratio_std"] = math.sqrt(max(0.0, variance))
+        worst = max(meter.worst for meter in meters)
+        return means | {"sampler_kl": sampler_kl, "sampler_max": worst}
+
+
+def gradient_norms(norms) -> dict:
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    mean = sum(finite) / len(finite) if finite else None
+    return {"grad_norm": mean, "skipped": len(norms) - len(finite)}
+
+
+def describe(rollouts, flags) -> dict:
+    """Metrics of everything that was sampled in a step."""
+    count, groups = len(rollouts), groups_of(rollouts, flags.samples)
+    flat = [group for group in groups if len({r.score for r in group}) == 1]
+    shares = {s: sum(r.status == s for r in rollouts) / count for s in STATUSES}
+    return shares | {
+        "reward": sum(r.score for r in rollouts) / count,
+        "length": sum(r.length for r in rollouts) / count,
+        "truncated": sum(not r.finished for r in rollouts) / count,
+        "zero_groups": len(flat) / len(groups), "refills": len(groups) - flags.prompts}
+
+
+class Log:
+    """metrics.jsonl, curves.png and the terminal. Only the main rank writes."""
+
+    def __init__(self, flags, out, history):
+        self.flags, self.out, self.history = flags, out, history
+        self.drawn = 0.0
+        self.file = open(out / "metrics.jsonl" if MAIN else os.devnull, "a")
+        self.quiet = not sys.stderr.isatty()  # into a file: a line a step instead of a bar
+        self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
+                        disable=self.quiet or not MAIN)
+
+    def write(self, metrics) -> None:
+        metrics = {k: v if is_finite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        self.history.append(metrics)
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        shown = metrics | {"eval": (self.evals() or [None])[-1]}
+        text = " ".join(f"{k} {shown[k]:.3g}" for k in SHOWN if shown[k] is not None)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if MAIN and self.quiet:
+            print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
+        if MAIN and (metrics["step"] == self.flags.steps or time.time() - self.drawn > 15):
+            self.drawn = time.time()
+            try:
+                draw_curves(self.out, self.flags.loss, self.history)
+            except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
+                tqdm.write(f"curves.png not drawn: {e}")
+
+    def evals(self) -> list[float]:
+        return [m["eval"] for m in self.history if m["eval"] is not None]
+
+
+def is_finite(value) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def give_up_on_nan(run) -> None:
+    """Three steps running with an update that was not finite: nothing will come of it any more."""
+    last = run.log.history[-3:]
+    if len(last) == 3 and all(m["skipped"] for m in last):
+        raise ValueError("loss or gradient not finite in three steps running: lower --lr, or look at "
+                         f"--loss; {run.out}/metrics.jsonl has what came before")
+
+
+PANELS = ("reward eval", "length", "entropy", "clip_low clip_high", "ratio_std", "grad_norm")
+
+
+def draw_curves(out, title, history) -> None:
+    """curves.png, drawn aside and renamed, so that a viewer never sees half a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6))
+    for axis, names in zip(axes.flat, PANELS):
+        for name in names.split():
+            points = [(m["step"], m[name]) for m in history if m[name] is not None]
+            axis.plot(*zip(*points), "o-" if name == "eval" else "-", ms=4, label=name)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.25)
+    figure.suptitle(f"{title}: by step (rollout)")
+    figure.tight_layout()
+    figure.savefig(out / ".curves.png", dpi=110)
+    pyplot.close(figure)
+    (out / ".curves.png").replace(out / "curves.png")
+
+
+# ---- Keeping what was learned ------------------------------------------------------------------
+
+def save(run) -> None:
+    """out/step-000120: a Hugging Face checkpoint, and in resume/ what else it takes to go on. Each
+    file is flushed to the disk before the directory gets its name, and `latest` is written last:
+    after a kill or a power cut, `latest` names a checkpoint that is whole."""
+    name = f"step-{run.step:06d}"
+    aside = run.out / f".{name}"
+    run.model.save_pretrained(aside, compute_dtype(), write=MAIN)
+    write_tensors(aside / "resume", trained_state(run), torch.float32, write=MAIN)
+    if MAIN:
+        os.fsync(run.log.file.fileno())  # no checkpoint without the metrics of its steps
+        state = {"step": run.step, "position": run.position, "checksums": checksums(aside)}
+        write_text(aside / "resume/state.json", json.dumps(state, indent=1))
+        replace_directory(aside, run.out / name)
+        write_text(run.out / "latest", name)
+        for old in checkpoints(run.out, until=run.step)[:-run.flags.keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def restore(run, checkpoint) -> None:
+    """The inverse of save(), for any number of ranks. Safetensors and JSON alone: the run directory
+    of a stranger cannot run code."""
+    state = read_json(checkpoint / "resume/state.json")
+    read_tensors(sorted((checkpoint / "resume").glob("*.safetensors")), trained_state(run))
+    run.step, run.position = state["step"], state["position"]
+
+
+def trained_state(run) -> dict[str, Tensor]:
+    """Float32 weights and Adam's numbers by name: what save() writes and restore() fills."""
+    state = {}
+    for name, p in run.model.named_parameters():
+        adam = run.optimizer.state[p]
+        if not adam:  # as AdamW itself begins
+            adam["step"] = torch.zeros((), device=p.device)
+            adam["exp_avg"] = torch.zeros_like(p)
+            adam["exp_avg_sq"] = torch.zeros_like(p)
+        state[f"weight.{name}"] = p
+        state |= {f"{key}.{name}": value for key, value in adam.items()}
+    return state
+
+
+def checkpoints(out, until=10**6) -> list[Path]:
+    """The whole names of checkpoints of run `out` up to step `until`, oldest first. Directories of
+    any other name are somebody else's, and never touched."""
+    found = [p for p in out.glob("step-*") if re.fullmatch(r"step-\d{6}", p.name)]
+    found = [p for p in found if (p / "resume/state.json").is_file() and not p.is_symlink()]
+    return sorted(p for p in found if int(p.name[5:]) <= until)
+
+
+def checkpoint_to_resume(out, wanted) -> Path | None:
+    """The directory to go on from: --resume_from, or what `latest` names, or the newest there is.
+    None where a run was killed before its first checkpoint."""
+    found = checkpoints(out)
+    latest = out / "latest"
+    name = wanted or (latest.read_text().strip() if latest.is_file() else "")
+    if not name and found:
+        name = found[-1].name
+    if not name:
+        return None
+    if out / name not in found:
+        raise ValueError(f"--resume: {out / name} is no checkpoint of this run; there "
+                         f"{'are ' + ', '.join(p.name for p in found) if found else 'is none'}; "
+                         "choose with --resume_from")
+    if broken := damaged(out / name):
+        whole = [p.name for p in found if p.name != name and not damaged(p)]
+        advice = f"go back with --resume_from {whole[-1]}" if whole else "no other one is whole"
+        raise ValueError(f"--resume: {broken}; {advice}")
+    return out / name
+
+
+def history_until(out, step) -> list[dict]:
+    """The metrics up to `step`; the lines after it, of steps that will be made again, leave the
+    file. The evaluation that was only made because a shorter run ended at `step` goes too."""
+    path, every = out / "metrics.jsonl", read_json(out / "config.json")["eval_every"]
+    text = path.read_text() if path.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    lines = [m for m in lines if m["step"] <= step]
+    if lines and 1 < step == lines[-1]["step"] and step % every:
+        lines[-1]["eval"] = None
+    write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
+    return lines
+
+
+# ---- Setting up --------------------------------------------------------------------------------
+
+def set_up(flags) -> Run:
+    out = Path(gather([str(open_run(flags)) if MAIN else ""])[0])
+    flags.out = str(out)
+    checkpoint = checkpoint_to_resume(out, flags.resume_from) if flags.resume else None
+    source = flags.model or small_model(flags)
+    model = load_model(source, flags)
+    tokenizer = data.load_tokenizer(model.source)
+    flags.template = data.choose_template(flags.template, tokenizer)
+    questions, held_out = load_questions(flags, model, tokenizer)
+    reference = load_model(source, flags).requires_grad_(False) if flags.kl_beta else None
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": flags.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}],
+                                  lr=flags.lr, betas=(0.9, flags.beta2), fused=True)
+    end_ids = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
+    run = Run(flags, out, model, reference, tokenizer, end_ids, rewards.Scorer(workers=2),
+              questions, held_out, optimizer, log=None, stop=StopSignal())
+    if checkpoint:
+        restore(run, checkpoint)
+    if run.step >= flags.steps:
+        print(f"the run in {out} has done {run.step} of --steps {flags.steps}: it is complete, and "
+              "a larger --steps goes on from there")
+        sys.exit(0)
+    barrier()  # nobody reads any more what is cut now
+    history = history_until(out, run.step) if MAIN and flags.resume else []
+    if MAIN:  # from here on the directory holds a run
+        kept = {**dataclasses.asdict(flags), "resume": False, "resume_from": ""}
+        write_text(out / "config.json", json.dumps(kept, indent=1))
+        introduce(run)
+    barrier()
+    run.log = Log(flags, out, history)
+    return run
+
+
+def introduce(run) -> None:
+    flags, count = run.flags, sum(p.numel() for p in run.model.parameters())
+    print(f"{flags.model or 'a new small model'}: {count:,} parameters on {WORLD} x {DEVICE.type}, "
+          f"attention {attention_kernel(DEVICE, compute_dtype())}; run directory {run.out}\n"
+          f"{flags.data}: {len(run.questions):,} questions, template {flags.template}; a step is "
+          f"{flags.prompts} x {flags.samples} responses of up to {flags.max_new_tokens:,} tokens, "
+          f"{flags.updates} updates with {flags.loss}; evaluated on {len(run.held_out)} held-out "
+          f"questions before the first, every {flags.eval_every} and after the last", flush=True)
+    kind = flags.advantage or losses.OBJECTIVES[flags.loss].advantage
+    if flags.samples == 1 and kind not in ("reward", "signed"):
+        print("--samples 1: a group of one has no baseline, every advantage is 0; "
+              "try --advantage signed")
+
+
+def open_run(flags) -> Path:
+    """The run directory, locked. A new run never takes one that holds a run already."""
+    if flags.out:
+        out = Path(flags.out)
+        if not flags.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl")):
+            raise ValueError(f"--out {out} holds a run already: choose another directory, or "
+                             "continue it with --resume")
+        lock(out)
+        return out
+    for number in range(1, 10**6):
+        out = Path("runs/default" if number == 1 else f"runs/default-{number}")
+        if not (out / "config.json").exists():
+            with suppress(BlockingIOError):  # a run that is just being set up
+                lock(out)
+                return out
+
+
+LOCKS = []  # open files: a lock goes with its process, however that ends
+
+
+def lock(out) -> None:
+    """Claim directory `out` for this process; BlockingIOError names the process that has it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").touch()
-        (out / ".probe").unlink()
+        file = open(out / ".lock", "a+")
     except OSError as e:
         raise ValueError(f"--out {out}: cannot write there ({e.strerror})") from None
-    return out
-
-
-def claim(path) -> bool:
-    """Make directory `path`; False if it is there already, also if another process was a moment faster."""
     try:
-        path.mkdir(parents=True)
-        return True
-    except FileExistsError:
-        return False
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(20).strip()
+        raise BlockingIOError(f"--out {out}: process {owner} is at work there; wait for it, or "
+                              "choose another directory") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    LOCKS.append(file)
+    for left in [*out.glob(".*step-*"), *out.glob(".curves.png")]:  # of a run that was killed
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def load_problems(cfg, model, tokenizer):
-    """Two lists of (Problem, prompt, prompt ids): to train on and held out. A set without test split gives a tenth away."""
-    problems = data.load(cfg.data, "train", seed=cfg.seed if cfg.data in data.TASKS else 0)
-    if cfg.eval_data or cfg.data in data.TASKS or "test" in data.SOURCES.get(cfg.data, ()):
-        held_out = data.load(cfg.eval_data or cfg.data, "test", n=cfg.eval_problems)
-    else:
-        every = 10 if len(problems) >= 10 else 2  # spread over the file, which may be sorted; the same for every --seed
-        held_out = problems[every - 1::every][:cfg.eval_problems]
-        problems = [p for i, p in enumerate(problems) if (i + 1) % every or i >= every * len(held_out)]
-        if not held_out:
-            raise ValueError(f"--data {cfg.data}: one problem alone cannot be trained on and held out; give --eval_data")
-    longest = min(cfg.max_prompt_tokens, model.config.max_position_embeddings - cfg.max_new_tokens)
-    try:
-        return [data.encode(some, cfg.template, tokenizer, longest) for some in (problems, held_out)]
-    except ValueError as e:
-        raise ValueError(f"--data {cfg.data}: {e} (--max_prompt_tokens {cfg.max_prompt_tokens}, --max_new_tokens "
-                         f"{cfg.max_new_tokens})") from None
+def load_model(source, flags) -> Model:
+    """Float32 weights, sharded over the ranks, or whole on a single CPU."""
+    model = Model.from_config(source)
+    model.recompute = flags.recompute
+    if flags.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+    if not dist.is_initialized():
+        return model.to_empty(device=DEVICE).load_weights()
+    shards = flags.shards_per_replica or WORLD
+    mesh = dist.init_device_mesh(DEVICE.type, (WORLD // shards, shards),
+                                 mesh_dim_names=("replica", "shard"))
+    shard(model, mesh if shards < WORLD else mesh["shard"], flags.offload)
+    model.to_empty(device="cpu" if flags.offload else DEVICE).load_weights()
+    with torch.no_grad():  # FSDP learns which module is the root from the first that runs
+        model(*pack([], [], DEVICE))
+    model.reshard()  # the root stays gathered after a pass; the optimizer must see the shards
+    return model
 
 
-def shard(model: Model, mesh, dtype=None, offload=False) -> Model:
-    """FSDP2: one unit per block, float32 masters and gradients, compute in `dtype`. A mesh of two dimensions (replicas,
-    shards) is HSDP. Applied from outside: model.py knows nothing of it."""
+def shard(model, mesh, offload=False) -> Model:
+    """FSDP2, a unit per block: float32 masters and gradients, compute in compute_dtype(). A mesh of
+    two dimensions (replicas, shards) is HSDP. Applied from outside: model.py knows nothing of it."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
+    precision = MixedPrecisionPolicy(compute_dtype(), reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)
+    how = {"mesh": mesh, "mp_policy": precision}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda")
     for layer in model.layers:
@@ -250,529 +837,315 @@ def shard(model: Model, mesh, dtype=None, offload=False) -> Model:
     return fully_shard(model, reshard_after_forward=False, **how)
 
 
-def load_model(source, cfg) -> Model:
-    """Float32 weights, sharded over the ranks, or whole on a single CPU."""
-    model = Model.from_config(source)
-    model.recompute = cfg.recompute
-    for layer in model.layers if cfg.compile else ():
-        layer.compile(dynamic=True)
-    if not dist.is_initialized():
-        return model.to_empty(device=DEVICE).load_weights()
-    n = cfg.shards_per_replica or WORLD
-    mesh = dist.init_device_mesh(DEVICE.type, (WORLD // n, n), mesh_dim_names=("replica", "shard"))
-    mesh = mesh if n < WORLD else mesh["shard"]
-    shard(model, mesh, torch.bfloat16 if DEVICE.type == "cuda" else None, cfg.offload)
-    model.to_empty(device="cpu" if cfg.offload else DEVICE).load_weights()
-    with torch.no_grad():
-        forward(model, [], [])  # FSDP learns which module is the root from the first that runs
-    model.reshard()  # the root stays gathered after a forward; an optimizer must see the shards
-    return model
+def compute_dtype() -> torch.dtype:
+    return torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
-@contextmanager
-def whole_weights(model):
-    """Under FSDP, keep every block's weights gathered inside and call the blocks past its hooks: sampling takes thousands of
-    forwards, of different number on every rank, none of which may wait for a collective or leave a trace of its order."""
-    units = [m for m in model.modules() if hasattr(m, "unshard")]
-    for m in units:
-        m.unshard()
-    model.whole = True
+def load_questions(flags, model, tokenizer):
+    """(questions to train on, held-out questions). A set without a test split gives up a tenth."""
+    args = data.parse_args(flags.data_args, "--data_args")
+    procedural = flags.data in data.TASKS or flags.data.startswith("rg:")
+    seed = flags.seed if procedural else 0
+    problems = data.load(flags.data, "train", seed=seed, args=args)
+    if flags.eval_data or procedural or "test" in data.SOURCES.get(flags.data, ()):
+        held_out = data.load(flags.eval_data or flags.data, "test", n=flags.eval_problems, args=args)
+    else:
+        every = 10 if len(problems) >= 10 else 2  # spread: the file may be sorted
+        held_out = problems[every - 1::every][:flags.eval_problems]
+        kept_back = {p.id for p in held_out}
+        problems = [p for p in problems if p.id not in kept_back]
+        if not held_out:
+            raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and held "
+                             "out; give --eval_data")
+    longest = min(flags.max_prompt_tokens,
+                  model.config.max_position_embeddings - flags.max_new_tokens)
+    chat_args = data.parse_args(flags.template_args, "--template_args")
     try:
-        yield
-    finally:
-        model.whole = False
-        for m in units:
-            m.reshard()
+        data.check_golds([*problems, *held_out], rewards.check_gold)
+        return [data.encode(some, flags.template, tokenizer, longest, chat_args)
+                for some in (problems, held_out)]
+    except ValueError as e:
+        raise ValueError(f"--data {flags.data}: {e} (--max_prompt_tokens {flags.max_prompt_tokens}, "
+                         f"--max_new_tokens {flags.max_new_tokens})") from None
 
 
-def gather(rows: list) -> list:
+def small_model(flags) -> Path:
+    """The checkpoint of the default run's Qwen2, cached by its recipe under runs/warmstart: trained
+    to work things out, then mostly to guess, so that the reward has something to bring back."""
+    if flags.data not in data.TASKS:
+        raise ValueError(f"--data {flags.data} needs --model: a new small model is built for "
+                         f"{', '.join(data.TASKS)} alone")
+    tokenizer = data.char_tokenizer(flags.data)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        "vocab_size": len(tokenizer), "hidden_size": flags.width,
+        "intermediate_size": 3 * flags.width, "num_hidden_layers": flags.layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "initializer_range": 0.1,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "eos_token_id": tokenizer.convert_tokens_to_ids(data.END),
+        "pad_token_id": tokenizer.pad_token_id}
+    recipe = [config, flags.data, flags.seed, flags.skill_steps, flags.habit_steps, "v2"]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    path = Path("runs/warmstart") / digest
+    if MAIN and not path.is_dir():
+        model = Model.from_scratch(config, flags.seed, DEVICE)
+        if flags.skill_steps:
+            warm_start(model, tokenizer, flags)
+        aside = path.with_name(f".{digest}.{os.getpid()}")
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        try:
+            aside.rename(path)
+        except OSError:  # another first run was faster: its model is the same one
+            shutil.rmtree(aside)
+    barrier()
+    return path
+
+
+def warm_start(model, tokenizer, flags) -> None:
+    """Maximum likelihood on demonstrations: first of the skill, then of the lazy habit."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    phases = {"skill": flags.skill_steps, "habit": flags.habit_steps}
+    with tqdm(total=sum(phases.values()), desc="warm start on demonstrations", mininterval=0.5,
+              disable=not sys.stderr.isatty()) as bar:
+        for phase, steps in phases.items():
+            demos = data.demos(flags.data, 128 * steps, phase, flags.seed)
+            for step, some in enumerate(groups_of(demos, 128)):
+                optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / steps))
+                prompts = tokenizer([prompt for prompt, _ in some]).input_ids
+                answers = tokenizer([response for _, response in some]).input_ids
+                sequences = [p + r for p, r in zip(prompts, answers)]
+                logp, _, _ = model(*pack(sequences, [len(p) for p in prompts], DEVICE))
+                (-logp.mean()).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.set_postfix(phase=phase, nll=f"{-logp.mean().item():.3f}", refresh=False)
+                bar.update()
+
+
+# ---- Ranks and signals -------------------------------------------------------------------------
+
+HOST = None  # the group in which the ranks' Python sides meet
+
+
+def start_ranks(flags) -> None:
+    global HOST
+    patience = timedelta(minutes=flags.timeout)
+    if DEVICE.type == "cuda":  # FSDP on one GPU too: it keeps float32 masters under bfloat16
+        torch.cuda.set_device(DEVICE)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=patience, **alone)
+    elif WORLD > 1:
+        dist.init_process_group("gloo", timeout=patience)
+    if WORLD > 1:
+        HOST = dist.new_group(backend="gloo", timeout=patience)
+
+
+def gather(items: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     if WORLD == 1:
-        return rows
+        return items
     parts = [None] * WORLD
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    dist.monitored_barrier(HOST)  # says which rank does not come
+    dist.all_gather_object(parts, items, group=HOST)
+    return [item for part in parts for item in part]
 
 
-# ---- One step ------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Row:
-    """One sampled response and what the update needs to know of it."""
-    tokens: list[int]
-    prompt_len: int
-    logp: list[float]  # the sampler's
-    finished: bool
-    score: float
-    status: str
-    group: int = 0
-    A: float = 0.0
-    pass_rate: float = 0.0  # mean score of its group
-    old_logp: list[float] | None = None  # where the ratio's denominator is not the sampler's
-
-    @property
-    def length(self):
-        return len(self.tokens) - self.prompt_len
+def barrier() -> None:
+    gather([])
 
 
-def sample(model, problems, seeds, n, cfg, tokenizer, scorer, droppable=False) -> list[Row]:
-    """n scored responses to each of `problems`, (Problem, text, ids), problem-major, on every rank; the prompts are spread
-    over the ranks. Raises Cancelled, if `droppable`, on every rank once one of them was told to stop."""
-    mine = range(RANK, len(problems), WORLD)
-    stopping = lambda: droppable and bool(TOLD_TO_STOP)
-    with whole_weights(model), suppress(Cancelled):
-        rollouts = generate(model, [problems[i][2] for i in mine], n, cfg.max_new_tokens, cfg.temperature,
-                            seed=[seeds[i] for i in mine], stop=data.TEMPLATES[cfg.template].stop, tokenizer=tokenizer,
-                            kv_tokens=cfg.kv_tokens or None, progress=MAIN and cfg.max_new_tokens > 256, cancel=stopping)
-    if any(gather([stopping()])):
-        raise Cancelled
-    texts = tokenizer.batch_decode([r.tokens[r.prompt_len:] for r in rollouts], skip_special_tokens=True)
-    which = [i for i in mine for _ in range(n)]
-    grades = scorer([(problems[i][0].task, text, problems[i][0].answer) for i, text in zip(which, texts)])
-    rows = gather([Row(r.tokens, r.prompt_len, r.logp, r.finished, *g, group=i) for i, r, g in zip(which, rollouts, grades)])
-    return sorted(rows, key=lambda row: row.group)  # stable: a group's samples stay in order, whoever drew them
+class StopSignal:
+    """SIGINT, SIGTERM or SIGHUP: .told, and the loop ends after this step and saves. Another one,
+    a second later or more, ends the process at once (launchers pass one and the same on twice). A
+    thread waits for them, because Python's handlers do not run while a rank waits for another."""
+    SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+    def __init__(self):
+        self.told = self.over = False
+
+    def __enter__(self):
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows: Ctrl-C ends the run there
+            self.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+            threading.Thread(target=self.wait, daemon=True).start()
+        return self
+
+    def wait(self) -> None:
+        first = math.inf
+        while not self.over:
+            if not signal.sigtimedwait(self.SIGNALS, 0.2):
+                continue
+            if time.time() - first > 1:
+                os.write(2, b"train.py: ended by a second signal; what was saved is whole\n")
+                os._exit(1)
+            first = min(first, time.time())
+            self.told = True
+
+    def __exit__(self, *_):
+        self.over = True
+        if hasattr(self, "before"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
 
 
-TOLD_TO_STOP = []  # when
+class Pipe:
+    """A stream whose reader may die (`| tee`) without costing the run a step."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(BrokenPipeError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with suppress(BrokenPipeError):
+            self.stream.flush()
 
 
-def on_signal(*args):
-    """Drop the step that is sampling, or finish it, save, say how to go on. A second signal breaks off at once, unless it comes
-    within 5 s: launchers and schedulers pass on one and the same SIGTERM twice."""
-    TOLD_TO_STOP.append(time.time())
-    if TOLD_TO_STOP[-1] - TOLD_TO_STOP[0] > 5:
-        signal.default_int_handler(*args)
+# ---- The command -------------------------------------------------------------------------------
+
+def parse(argv) -> Flags:
+    """Raises ValueError, one line that names the flag."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = complain
+    for f in dataclasses.fields(Flags):
+        usual = f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"]
+        how = {"type": f.type, **f.metadata, "help": usual, "metavar": f.name.upper()}
+        parser.add_argument(f"--{f.name}", default=f.default, **how)
+    typed, _ = parser.parse_known_args(argv)
+    if typed.resume:  # the run's own flags, and what is typed now goes before
+        argv = flags_of_run(typed.out) + argv
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ValueError(data.nearest(rest[0], [f"--{name}" for name in vars(known)], "flag"))
+    flags = Flags(**vars(known))
+    if flags.resume:
+        refuse_another_run(flags, parser.parse_args(flags_of_run(flags.out)))
+    fill_in(flags)
+    check(flags)
+    return flags
 
 
-def draw_problems(problems, at, count, cfg):
-    """`count` problems from number `at` of an endless series, reshuffled every epoch, and a sampling seed for each: functions
-    of the flags and the number alone, so that a resumed run needs no random state."""
-    batch, seeds = [], []
-    for g in range(at, at + count):
-        epoch, i = divmod(g, len(problems))
-        batch.append(problems[shuffled(len(problems), cfg.seed, epoch)[i]])
-        seeds.append(cfg.seed * 2**40 + g)
-    return batch, seeds
+def complain(message):
+    raise ValueError(f"{message}; --help lists every flag")
 
 
-@lru_cache(maxsize=2)
-def shuffled(n, seed, epoch):
-    order = list(range(n))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order
+def flags_of_run(out) -> list[str]:
+    """The flags of the run in `out` (default: the newest runs/default*) as one would type them."""
+    runs = sorted(Path("runs").glob("default*/config.json"), key=lambda p: p.stat().st_mtime)
+    out = Path(out or (runs[-1].parent if runs else "runs/default"))
+    if not (out / "config.json").is_file():
+        raise ValueError(f"--resume: there is no {out / 'config.json'}, so no run to continue")
+    saved, argv = read_json(out / "config.json") | {"out": str(out), "resume": True}, []
+    for f in dataclasses.fields(Flags):
+        value = saved.get(f.name, f.default)
+        argv += [f"--{f.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return argv
 
 
-def collect(model, problems, at, cfg, tokenizer, scorer):
-    """(rows to train on, all rows that were sampled, number of the next problem): cfg.prompts groups. Dynamic sampling (DAPO,
-    2503.14476) replaces groups whose scores are all equal; after so many refills they are taken as they are."""
-    useful, flat, seen = [], [], []
-    for _ in range(1 + cfg.dynamic_sampling):
-        missing = cfg.prompts - len(useful)
-        rows = sample(model, *draw_problems(problems, at, missing, cfg), cfg.samples, cfg, tokenizer, scorer,
-                      droppable=True)
-        for i in range(0, len(rows), cfg.samples):
-            group = rows[i:i + cfg.samples]
-            for row in group:
-                row.group += at
-            (flat if len({row.score for row in group}) == 1 else useful).append(group)
-        seen, at = seen + rows, at + missing
-        if len(useful) == cfg.prompts:
-            break
-    chosen = useful + flat[:cfg.prompts - len(useful)]
-    return sum(sorted(chosen, key=lambda group: group[0].group), []), seen, at
+def refuse_another_run(flags, saved) -> None:
+    for name in ("model", "data", "width", "layers", "skill_steps", "habit_steps", "seed"):
+        was, now = getattr(saved, name), getattr(flags, name)
+        if was != now:
+            raise ValueError(f"--resume: --{name} was {was!r} in this run and cannot become {now!r}")
 
 
-def minibatches(rows, cfg):
-    """K lists of rows: whole groups, or whole responses where K exceeds the prompts; each row in exactly one."""
-    unit = cfg.samples if cfg.updates <= cfg.prompts else 1
-    units = [rows[i:i + unit] for i in range(0, len(rows), unit)]
-    cut = [round(k * len(units) / cfg.updates) for k in range(cfg.updates + 1)]
-    return [sum(units[a:b], []) for a, b in zip(cut, cut[1:])]
+def check(flags) -> None:
+    """Flags that must go together."""
+    if flags.updates > flags.prompts * flags.samples:
+        raise ValueError(f"--updates {flags.updates}: more mini-batches than the {flags.prompts} x "
+                         f"{flags.samples} responses of a step")
+    if flags.overlong_buffer > flags.max_new_tokens:
+        raise ValueError(f"--overlong_buffer {flags.overlong_buffer}: longer than a response, "
+                         f"--max_new_tokens {flags.max_new_tokens}")
+    if flags.width % 8:
+        raise ValueError(f"--width {flags.width}: must be a multiple of 8 (four heads of even size)")
+    if flags.shards_per_replica and WORLD % flags.shards_per_replica:
+        raise ValueError(f"--shards_per_replica {flags.shards_per_replica}: {WORLD} ranks cannot be "
+                         "split into such groups; 0 is one group of all")
+    if flags.offload and WORLD == 1 and DEVICE.type == "cpu":
+        raise ValueError("--offload: one process on a CPU has nothing to offload from")
+    data.check(flags.template, ("auto", *data.TEMPLATES), "template")
+    one, logp = torch.ones(1, 1), torch.zeros(1, 1, requires_grad=True)
+    losses.advantages(one[0], 1, flags.advantage or "grpo", one[0])
+    try:  # losses.py itself says what it cannot use
+        losses.policy_loss(flags.loss, logp, -one, one[0], one, agg=flags.agg or None, entropy=one,
+                           pass_rate=one[0], max_len=1, **flags.hyperparameters())
+    except (TypeError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f"--loss_args {' '.join(flags.loss_args)}: {flags.loss} cannot use that "
+                         f"({str(e).splitlines()[0]})") from None
 
 
-def microbatches(rows, budget):
-    """Rows cut into bins of equal tokens, at most `budget` unless one row alone is longer. Their number is a multiple of the
-    ranks, rank r takes bins r, r + WORLD, ...: equal work; a bin may be empty. Neighbours are of like length, for padded
-    attention; where nothing is padded, samples of a prompt stay together, so that it is computed once."""
-    longest = {r.group: len(r.tokens) for r in sorted(rows, key=lambda r: len(r.tokens))}
-    rows = sorted(rows, key=lambda r: (longest[r.group] if KERNEL != "sdpa" else len(r.tokens), r.group))
-    size = sum(len(r.tokens) for r in rows)
-    m = WORLD * math.ceil(size / (budget * WORLD))
-    while True:
-        bins, seen = [[] for _ in range(m)], 0
-        for row in rows:
-            bins[int((seen + len(row.tokens) / 2) / size * m)].append(row)
-            seen += len(row.tokens)
-        if all(len(b) < 2 or sum(len(r.tokens) for r in b) <= budget for b in bins):
-            return bins
-        m += WORLD
+def fill_in(flags) -> None:
+    """Defaults that depend on other flags or on the machine."""
+    if not flags.tokens_per_microbatch:
+        flags.tokens_per_microbatch = 16384 if DEVICE.type == "cuda" else 4096
+    if not flags.max_new_tokens and flags.data in data.TASKS and not flags.model:
+        demos = data.demos(flags.data, 256, "skill") + data.demos(flags.data, 256, "habit")
+        flags.max_new_tokens = 2 * max(len(response) for _, response in demos)
+    flags.max_new_tokens = flags.max_new_tokens or 1024
+    latest = Path(flags.model) / "latest"
+    if flags.model and latest.is_file():  # a run: its newest checkpoint now, also after a resume
+        flags.model = str(latest.parent / latest.read_text().strip())
 
 
-def forward(model, sequences, prompt_lens, temperature=1.0):
-    """(logp, entropy, sum p^2) of the response tokens of `sequences`, end to end. The model sees no padding, and what several
-    sequences have before the last token of their prompts only once. An empty list runs one token for nothing, because under
-    FSDP every rank must take part in every pass."""
-    if not sequences:
-        nothing = model(torch.zeros(1, dtype=torch.long, device=DEVICE), [1], torch.zeros(1, dtype=torch.long, device=DEVICE))
-        return [t[:0] for t in nothing]
-    ids, targets, lengths, after, place = [], [], [], [], {}
-
-    def pack(tokens, wanted, parent):
-        ids.extend(tokens)
-        targets.extend(wanted)
-        lengths.append(len(tokens))
-        after.append(parent)
-    prefixes = [tuple(s[:p - 1]) for s, p in zip(sequences, prompt_lens)]
-    times = Counter(prefixes)
-    for prefix, s in zip(prefixes, sequences):
-        k = len(prefix) if times[prefix] > 1 else 0  # tokens that it shares
-        if k and prefix not in place:
-            place[prefix] = len(lengths)
-            pack(prefix, [-1] * k, -1)
-        pack(s[k:-1], [-1] * (len(prefix) - k) + s[len(prefix) + 1:], place[prefix] if k else -1)
-    return model(torch.tensor(ids, device=DEVICE), lengths, torch.tensor(targets, device=DEVICE), temperature, after)
-
-
-def token_stats(model, rows, cfg):
-    """What policy_loss wants of `rows`, padded on the right: mask, old log-probs, and the model's logp, entropy and sum p^2:
-    (B,T) each."""
-    lengths = torch.tensor([r.length for r in rows], dtype=torch.long, device=DEVICE)
-    mask = torch.arange(max((r.length for r in rows), default=1), device=DEVICE) < lengths[:, None]
-    flat = [torch.tensor([x for r in rows for x in r.old_logp or r.logp], device=DEVICE),
-            *forward(model, [r.tokens for r in rows], [r.prompt_len for r in rows], cfg.temperature)]
-    return mask, *(torch.zeros(mask.shape, device=DEVICE, dtype=x.dtype).masked_scatter(mask, x) for x in flat)
-
-
-def add_mismatch(sums, sampler_logp, logp, mask):
-    """Sampler against trainer, before anything was updated: k3 KL, without cancellation, and the worst token."""
-    gap = (sampler_logp - logp.detach())[mask].double()
-    sums["sampler_kl"] += (gap.expm1() - gap).sum().item()
-    sums["sampler_tokens"] += len(gap)
-    sums["max_gap"] = max(sums["max_gap"], gap.abs().max().item())
-
-
-@torch.no_grad()
-def recompute_old_logp(model, rows, cfg, sums):
-    """Put the trainer's own log-probs in the place of the sampler's, on every rank."""
-    where, mine = {id(row): i for i, row in enumerate(rows)}, []
-    for micro in microbatches(rows, cfg.tokens_per_microbatch)[RANK::WORLD]:
-        mask, sampler_logp, logp, _, _ = token_stats(model, micro, cfg)
-        if micro:
-            add_mismatch(sums, sampler_logp, logp, mask)
-        mine += [(where[id(row)], logp[i, :row.length].tolist()) for i, row in enumerate(micro)]
-    for i, logp in gather(mine):
-        rows[i].old_logp = logp
-
-
-@torch.no_grad()
-def ratio_moments(model, bins, cfg, count):
-    """ACPO's statistics over a whole mini-batch and all ranks, by one more forward pass: see losses.ratio_moments."""
-    moments = torch.zeros(3, count, dtype=torch.float64, device=DEVICE)
-    for micro in bins[RANK::WORLD]:
-        mask, old, logp, _, _ = token_stats(model, micro, cfg)
-        moments += losses.ratio_moments(logp, old, mask, count)
-    if WORLD > 1:
-        dist.all_reduce(moments)
-    return moments
-
-
-def update(model, reference, optimizer, rows, cfg, part, sums, on_policy) -> float:
-    """One gradient step on the mini-batch `rows`, which every rank holds whole; each takes its own micro-batches. Adds
-    token-weighted metrics to `sums`; returns the gradient norm (not finite: the step was skipped)."""
-    bins = microbatches(rows, cfg.tokens_per_microbatch)
-    hyper = hyperparameters(cfg) | ({"part": part} if part else {})
-    totals = {"tokens": sum(r.length for r in rows), "sequences": len(rows),
-              "winning_groups": len({r.group for r in rows if r.A > 0})}
-    if cfg.loss == "acpo" and cfg.acpo_stats == "batch" and len(bins) > 1:
-        totals["moments"] = ratio_moments(model, bins, cfg, int(hyper.get("bins", 5)))
-
-    for micro in bins[RANK::WORLD]:
-        mask, old, logp, entropy, sum_p2 = token_stats(model, micro, cfg)
-        extra = {}
-        if reference is not None:
-            with torch.no_grad():
-                extra = {"ref_logp": token_stats(reference, micro, cfg)[2], "kl_beta": cfg.kl_beta}
-        if not micro:  # this rank has taken part in every pass
-            logp.sum().backward()
-            continue
-        loss, metrics = losses.policy_loss(
-            cfg.loss, logp, old, torch.tensor([r.A for r in micro], device=DEVICE), mask, agg=cfg.agg or None, entropy=entropy,
-            sum_p2=sum_p2, group_size=cfg.samples, max_len=cfg.max_new_tokens, totals=totals,
-            pass_rate=torch.tensor([r.pass_rate for r in micro], device=DEVICE), **extra, **hyper)
-        (loss * WORLD).backward()  # FSDP averages over ranks, `totals` count all of them
-        metrics["entropy"] = entropy[mask].mean()
-        for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
-            sums[name] += value * int(mask.sum())
-        sums["tokens"] += int(mask.sum())
-        if on_policy:  # nothing has been updated since: the sampler's own log-probs must come out again
-            add_mismatch(sums, old, logp, mask)
-
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def learn(model, reference, optimizer, rows, cfg) -> dict:
-    """Advantages, then `epochs` x `updates` gradient steps on the rows of one rollout; the metrics of it all."""
-    score, free = torch.tensor([r.score for r in rows]), cfg.max_new_tokens - cfg.overlong_buffer
-    over = torch.tensor([max(0, r.length - free) for r in rows])  # DAPO's soft punishment of what is nearly too long
-    kind = cfg.advantage or losses.OBJECTIVES[cfg.loss].advantage
-    A = losses.advantages(score - over / max(1, cfg.overlong_buffer), cfg.samples, kind, torch.tensor([r.length for r in rows]))
-    for row, a, c in zip(rows, A.tolist(), score.view(-1, cfg.samples).mean(1).repeat_interleave(cfg.samples).tolist()):
-        row.A, row.pass_rate = a, c
-    sums, norms = defaultdict(float), []
-    if cfg.old_logp == "trainer":
-        recompute_old_logp(model, rows, cfg, sums)
-    for _ in range(cfg.epochs):
-        for part in ("low", "high") if cfg.loss == "ar_lopti" else (None,):  # AR-Lopti goes over the rollout twice
-            for batch in minibatches(rows, cfg):
-                if batch := [row for row in batch if row.finished or not cfg.mask_truncated]:
-                    norms.append(update(model, reference, optimizer, batch, cfg, part, sums,
-                                        on_policy=cfg.old_logp == "sampler" and not norms))
-    parts = gather([sums])
-    sums = {k: sum(p[k] for p in parts) for k in sorted({k for p in parts for k in p})}
-    finite = [n for n in norms if math.isfinite(n)]
-    tokens, compared = sums.pop("tokens", 0), sums.pop("sampler_tokens", 0)
-    kl = sums.pop("sampler_kl", 0.0)
-    return {k: v / tokens for k, v in sums.items() if k != "max_gap"} | {
-        "sampler_kl": kl / max(1, compared), "sampler_max": max(p["max_gap"] for p in parts), "skipped": len(norms) - len(finite),
-        "grad_norm": sum(finite) / len(finite) if finite else None}
-
-
-# ---- Keeping what was learned ----------------------------------------------------------------------------------------------
-
-ASYNC = DEVICE.type == "cuda"  # there the state is copied to the CPU in any case, and written while the next step samples
-
-
-def save(out, step, position, model, optimizer, cfg):
-    """Begin out/step-000120: a Hugging Face checkpoint, and in resume/ what else it takes to go on. Returns the function that
-    ends it: the directory is whole or absent, `latest` is written last, only the newest cfg.keep stay."""
-    name, written = f"step-{step:06d}", None
-    aside = out / f".{name}"
-    model.save_pretrained(aside, torch.bfloat16 if DEVICE.type == "cuda" else None, write=MAIN)
-    barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    state, where = {"model": weights, "optimizer": moments}, aside / "resume"
-    if ASYNC:
-        written = dcp.async_save(state, checkpoint_id=where, process_group=async_group() if WORLD > 1 else None, no_dist=WORLD == 1)
-    else:
-        dcp.save(state, checkpoint_id=where, no_dist=WORLD == 1)
-
-    def finish():
-        if written:
-            written.result()
-        barrier()
-        if MAIN:
-            (where / "state.json").write_text(json.dumps({"step": step, "position": position, "seed": cfg.seed}))
-            replace_directory(aside, out / name)
-            (out / ".latest").write_text(name)
-            (out / ".latest").rename(out / "latest")
-            for old in sorted(out.glob("step-*"))[:-cfg.keep]:
-                shutil.rmtree(old)
-    return finish
-
-
-@lru_cache(maxsize=1)
-def async_group():  # of its own: its collectives run beside those of the next step
-    return dist.new_group(backend="gloo")
-
-
-def restore(out, model, optimizer):
-    """Load the latest checkpoint of `out` into model and optimizer; (the step it was taken after, the next problem's number)."""
-    path = out / (out / "latest").read_text() / "resume"
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path, no_dist=WORLD == 1)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    state = json.loads((path / "state.json").read_text())
-    return state["step"], state["position"]
-
-
-def rewind(out, step):
-    """Drop what a killed run was still saving, the lines of metrics.jsonl after `step`, and its evaluation if it was made only
-    because a shorter run ended there."""
-    for unfinished in [*out.glob(".*step-*"), *(p for p in out.glob("step-*") if p.name > f"step-{step:06d}")]:
-        shutil.rmtree(unfinished)
-    path, every = out / "metrics.jsonl", json.loads((out / "config.json").read_text())["eval_every"]
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-    lines = [m | ({"eval": None} if m["step"] == step > 1 and step % every else {}) for m in lines if m["step"] <= step]
-    (out / ".metrics").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    (out / ".metrics").rename(path)
-    return lines
-
-
-def barrier():
-    if WORLD > 1:
-        dist.barrier()
-
-
-# ---- The loop --------------------------------------------------------------------------------------------------------------
-
-def train(cfg: Config):
-    began = time.time()
-    out = open_run(cfg) if MAIN else None
-    out = gather([out])[0]
-    cfg.out = str(out)
-    source = cfg.model or new_model(cfg, forward, DEVICE, write=MAIN)
-    barrier()
-    model = load_model(source, cfg)
-    reference = load_model(source, cfg).requires_grad_(False) if cfg.kl_beta else None
-    tokenizer = data.load_tokenizer(model.source)
-    problems, held_out = load_problems(cfg, model, tokenizer)
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
-                                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-                                  lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
-    done, saved, position, history = 0, 0, 0, []
-    if cfg.resume:
-        if (out / "latest").is_file():
-            done, position = restore(out, model, optimizer)
-            for group, decay in zip(optimizer.param_groups, (cfg.weight_decay, 0.0)):  # the checkpoint brought its own
-                group.update(betas=(0.9, cfg.beta2), weight_decay=decay)
-            saved = done
-        if done >= cfg.steps:
-            raise ValueError(f"--steps {cfg.steps}: the run in {out} has done {done} already; give a larger --steps")
-        if MAIN:
-            history = rewind(out, done)
-    if MAIN:  # from here on the directory holds a run
-        (out / "config.json").write_text(json.dumps({**dataclasses.asdict(cfg), "out": str(out), "resume": False}, indent=1))
-        tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters on {WORLD} x {DEVICE.type}, attention: {KERNEL}; "
-                   f"loss {cfg.loss}; run directory {out}")
-        if cfg.samples == 1 and (cfg.advantage or losses.OBJECTIVES[cfg.loss].advantage) not in ("reward", "signed"):
-            tqdm.write("--samples 1: a group of one has no baseline, every advantage is 0; try --advantage signed")
-
-    TOLD_TO_STOP.clear()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, on_signal)
-    scorer, bad, drawn, finish = Scorer(workers=2), 0, 0.0, None
-
-    def evaluate(droppable=False):
-        rows = sample(model, held_out, [-1 - i for i in range(len(held_out))], 1, cfg, tokenizer, scorer, droppable)
-        return sum(r.score for r in rows) / len(rows)
-
-    with open(out / "metrics.jsonl" if MAIN else os.devnull, "a") as log, \
-            tqdm(total=cfg.steps, initial=done, desc=cfg.loss, unit="step", disable=not MAIN, mininterval=0.5) as bar:
-        for step in range(done + 1, cfg.steps + 1):
-            t0 = time.time()
-            metrics = dict.fromkeys(METRICS) | {"step": step}
-            try:
-                if step == 1:
-                    metrics["eval"] = evaluate(droppable=True)
-                t1 = time.time()
-                rows, seen, position = collect(model, problems, position, cfg, tokenizer, scorer)
-            except Cancelled:  # nothing has changed yet
-                break
-            if finish:
-                finish = finish()  # what was saved while this step sampled
-            t2 = time.time()
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup))
-            learned = learn(model, reference, optimizer, rows, cfg)
-            t3 = time.time()
-            if step > 1 and (step == cfg.steps or step % cfg.eval_every == 0):
-                metrics["eval"] = evaluate()
-            metrics |= {k: v for k, v in learned.items() if k in metrics or "_bin" in k} | describe(seen, cfg) | {
-                "rollout_tps": sum(r.length for r in seen) / (t2 - t1),
-                "update_tps": sum(r.length for r in rows) * cfg.epochs / (t3 - t2), "seconds": time.time() - t0}
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            history.append(metrics)
-            done = step
-            show(bar, history)
-            stopping = any(gather([bool(TOLD_TO_STOP)]))
-            bad = bad + 1 if learned["skipped"] else 0
-            if bad == 3:
-                if MAIN:
-                    (out / f"nonfinite-{step}.json").write_text(json.dumps([dataclasses.asdict(r) for r in rows]))
-                raise ValueError(f"loss or gradient not finite in three steps running; rollouts in {out}/nonfinite-{step}.json; "
-                                 "lower --lr, or look at --loss")
-            if step == cfg.steps or step % cfg.save_every == 0:
-                finish, saved = save(out, step, position, model, optimizer, cfg), step
-                if not ASYNC:
-                    finish = finish()
-            if MAIN and (time.time() - drawn > 15 or step == cfg.steps or stopping):
-                from experiments.curves import draw
-                try:
-                    draw(out)
-                except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
-                    tqdm.write(f"curves.png not drawn: {e}")
-                drawn = time.time()
-            if stopping:
-                break
-    if finish:
-        finish()
-    if done > saved:  # stopped between two saves
-        save(out, done, position, model, optimizer, cfg)()
-    scorer.close()
-    if MAIN:
-        again = f"go on with: python train.py --out {out} --resume"
-        evals = [m["eval"] for m in history if m["eval"] is not None]
-        print(f"Stopped before the first step was done; {again}" if not done else
-              f"held-out accuracy {evals[0]:.2f} -> {evals[-1]:.2f} after {done} steps, {time.time() - began:.0f} s. {out}: "
-              f"curves.png, metrics.jsonl, step-{done:06d}. Score it: python eval.py {out}"
-              + ("" if done == cfg.steps else f" Stopped; {again}"))
-
-
-def describe(rows, cfg) -> dict:
-    """Metrics of everything that was sampled in a step."""
-    groups = [rows[i:i + cfg.samples] for i in range(0, len(rows), cfg.samples)]
-    return {"reward": sum(r.score for r in rows) / len(rows), "length": sum(r.length for r in rows) / len(rows),
-            "truncated": sum(not r.finished for r in rows) / len(rows), "refills": len(groups) - cfg.prompts,
-            "zero_groups": sum(len({r.score for r in g}) == 1 for g in groups) / len(groups),
-            **{s: sum(r.status == s for r in rows) / len(rows) for s in ("no_answer", "unparsable", "timeout", "error")}}
-
-
-def show(bar, history):
-    now, evals = history[-1], [m["eval"] for m in history if m["eval"] is not None]
-    H, low, high = (math.nan if now[k] is None else now[k] for k in ("entropy", "clip_low", "clip_high"))
-    bar.set_postfix_str(f"reward {now['reward']:.2f} eval {evals[-1] if evals else math.nan:.2f} len {now['length']:.1f} H {H:.2f} "
-                        f"clip {100 * (low + high):.1f}% {now['rollout_tps'] / 1000:.1f}k tok/s", refresh=False)
-    bar.update()
-
-
-def main():
+def main() -> None:
+    sys.stdout, sys.stderr = Pipe(sys.stdout), Pipe(sys.stderr)
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves its checkpoints alone, on purpose
-    cfg = None
+    flags = None
     try:
-        cfg = parse()
-        torch.set_num_threads(cfg.threads)
-        if cfg.dry_run:
-            from experiments.dry_run import report
-            return report(cfg, cfg.dry_run)
-        if DEVICE.type == "cuda":  # FSDP on one GPU too: it is what keeps float32 masters under bfloat16 compute
-            torch.cuda.set_device(DEVICE)
-            alone = {} if WORLD > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), **alone)
-        elif WORLD > 1:
-            dist.init_process_group("gloo", timeout=timedelta(minutes=30))
-        train(cfg)
-    except (ValueError, OSError, SafetensorError, CheckpointException) as e:
-        leave_no_empty_run(cfg)
-        fail(str(e) or type(e).__name__)
+        flags = parse(sys.argv[1:])
+        torch.set_num_threads(flags.threads)
+        start_ranks(flags)
+        run = set_up(flags)
+        with run.scorer, run.stop:
+            train(run)
+        run.log.bar.close()
+        run.log.file.close()
+        if MAIN:
+            say_goodbye(run)
+    except (ValueError, OSError, SafetensorError) as e:
+        sys.exit(fail(str(e) or type(e).__name__, flags))
     except torch.OutOfMemoryError as e:
-        fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower --tokens_per_microbatch or --kv_tokens, add --recompute or --offload")
+        sys.exit(fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower "
+                      "--tokens_per_microbatch or --kv_tokens, add --recompute or --offload", flags))
     except RuntimeError as e:  # most often a collective whose other side is gone
         traceback.print_exc()
-        leave_no_empty_run(cfg)
-        saved = cfg and (Path(cfg.out) / "latest").is_file()
-        fail((str(e) or type(e).__name__).splitlines()[0] + (f". What was saved is whole: go on with --resume --out {cfg.out}" if saved else ""))
+        sys.exit(fail((str(e) or type(e).__name__).splitlines()[0], flags))
     except KeyboardInterrupt:
-        leave_no_empty_run(cfg)
-        fail("interrupted; --resume goes on from the last checkpoint, if there is one")
+        sys.exit(fail("interrupted", flags))
     finally:
+        for file in LOCKS:
+            file.close()
+        LOCKS.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def leave_no_empty_run(cfg):
-    with suppress(OSError, AttributeError):
-        Path(cfg.out or ".").rmdir()  # fails if there is something in it
+def say_goodbye(run) -> None:
+    evals, out = run.log.evals(), run.out
+    if not run.log.history[-1]["step"] == run.flags.steps:
+        print(f"stopped; go on with: python train.py --out {out} --resume")
+    print(f"held-out accuracy {evals[0]:.2f} -> {evals[-1]:.2f} after {run.step} steps. {out}: "
+          f"curves.png, metrics.jsonl, step-{run.step:06d}. Score it: python eval.py {out}")
 
 
-def fail(why):
-    sys.exit(f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why}")
+def fail(why, flags=None) -> str:
+    """The last line of a run that failed. An attempt that wrote nothing leaves no directory."""
+    if LOCKS and (Path(flags.out) / "latest").is_file():
+        why += f"; what was saved is whole: go on with --resume --out {flags.out}"
+    elif LOCKS:
+        with suppress(OSError):
+            (Path(flags.out) / ".lock").unlink()
+            Path(flags.out).rmdir()  # fails if there is something in it
+    return f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why}"
 
 
 if __name__ == "__main__":
