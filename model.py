@@ -1,20 +1,24 @@
-"""Weights in, log-probs out: one forward pass for Qwen2/2.5, Qwen3, Llama 3.x (and Mistral without sliding window).
+"""Weights in, log-probs out: one forward pass for Qwen2/2.5, Qwen3, Llama 3.x, SmolLM3 and Mistral.
 
     model = Model.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.bfloat16, device="cuda")
-    logits = model(ids)                                          # (B,T) right-padded -> (B,T,V)
-    logp, entropy, sum_p2 = model(ids, lengths, targets)         # packed (N,), never holds (N,V)
+    logits = model(ids)                                     # (B,T) padded on the right -> (B,T,V)
+    ids, rows, targets = pack(sequences, prompt_lens, device)             # lists of tokens -> (N,)
+    logp, entropy, sum_p2 = model(ids, rows, targets)       # float32, never holds (N,V)
+    model.save_pretrained("out/")                           # loads in transformers and vLLM
 
-Tokens are always one flat list, (N,), of sequences laid end to end; what may look at what is decided by a function
-attend(layer, q, k, v) that is passed down. The trainer, the sampler and the eval differ in that function alone; on a CPU the
-sampler runs the blocks in a form with fewer calls, see fused().
-Parameter names are Hugging Face's, so a checkpoint is read and written without a table of renames.
+Tokens are one flat list (N,), without padding. A sequence is a row: the places of its tokens in
+that list. Two rows may share places, as the samples of one prompt do; those are computed once.
+Who looks at whom is decided by a function attend(layer, q, k, v) that is passed down: trainer,
+sampler and eval run the same blocks and differ in that function alone.
+Parameters have Hugging Face's names, so that checkpoints need no table of renames.
 """
+import dataclasses
 import inspect
-import itertools
 import json
 import math
 import os
 import shutil
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -36,17 +41,18 @@ try:
 except ImportError:  # torch 2.9
     varlen_attn = None
 
-SHARD_BYTES = 5 * 10**9  # a safetensors file of a saved checkpoint
-LOGITS_CHUNK = 2**26  # elements of a chunk of float32 logits in the head: 256 MB, of which two are alive at once
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-                   "generation_config.json")
+# Sums of bfloat16 products stay float32 also where a matmul is split: sampler and trainer differ less.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json ----
+
+KINDS = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
+
 
 @dataclass
 class Config:
-    """The numbers that the forward pass reads. `raw` is the whole config.json, written back as it came."""
+    """The numbers that the forward pass reads. `raw` is the whole config.json, to be written back."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -54,71 +60,236 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
-    max_position_embeddings: int
+    rotary: list[bool]  # of each layer; SmolLM3 leaves some without positions
     rope: dict
     raw: dict
 
     @staticmethod
     def from_dict(raw: dict) -> "Config":
-        """Read config.json in the style of published checkpoints (rope_theta, rope_scaling) or of transformers 5
-        (rope_parameters). Raises ValueError that names whatever this forward pass would compute wrongly."""
-        kind, get = raw.get("model_type"), raw.get
+        """From a config.json as published (rope_theta, rope_scaling) or of transformers 5
+        (rope_parameters). ValueError names what this forward pass would compute wrongly."""
+        kind = raw.get("model_type")
+        refuse_unknown(raw, kind)
+        heads = whole(raw, "num_attention_heads")
+        hidden = whole(raw, "hidden_size")
+        layers = whole(raw, "num_hidden_layers", most=2**10)
+        bias = bool(raw.get("attention_bias"))
+        context = whole(raw, "max_position_embeddings", 2048, most=2**31)
+        config = Config(
+            vocab_size=whole(raw, "vocab_size", most=2**24),
+            hidden_size=hidden,
+            intermediate_size=whole(raw, "intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=whole(raw, "num_key_value_heads", heads),
+            head_dim=whole(raw, "head_dim", hidden // heads),
+            max_position_embeddings=context,
+            rms_norm_eps=real(raw, "rms_norm_eps", 1e-6),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", kind == "smollm3")),
+            qkv_bias=bias or kind == "qwen2",
+            o_bias=bias and kind != "qwen2",
+            qk_norm=kind == "qwen3",
+            rotary=rotary_layers(raw, kind, layers),
+            rope=read_rope(raw, context),
+            raw=raw,
+        )
+        if heads % config.num_key_value_heads:
+            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
+        if config.head_dim % 2:
+            raise ValueError(f"head_dim = {config.head_dim} is odd; rotary embeddings need pairs")
+        return config
 
-        def refuse(what):
-            raise ValueError(f"config.json: {what} is not supported (model.py knows qwen2, qwen3, llama, mistral; dense)")
 
-        if kind not in ("qwen2", "qwen3", "llama", "mistral"):
-            refuse(f"model_type {kind!r}")
-        for key in ("quantization_config", "num_experts", "num_local_experts", "mlp_bias", "use_mrope"):
-            if get(key):
-                refuse(f"{key} = {raw[key]!r}")
-        if get("hidden_act", "silu") != "silu":
-            refuse(f"hidden_act = {raw['hidden_act']!r}")
-        window = get("sliding_window") if kind == "mistral" or get("use_sliding_window") else None
-        if "sliding_attention" in (get("layer_types") or ()) or (window and window < get("max_position_embeddings", 0)):
-            refuse(f"sliding-window attention (sliding_window = {get('sliding_window')})")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-                   if k not in raw]
-        if missing:
-            raise ValueError(f"config.json: {', '.join(missing)} missing")
+def refuse_unknown(raw, kind):
+    """ValueError for whatever this file has no code for."""
+    wrong = [key for key in ("quantization_config", "num_experts", "num_local_experts",
+                             "mlp_bias", "use_mrope") if raw.get(key)]
+    if kind not in KINDS:
+        wrong.append("model_type")
+    if raw.get("hidden_act", "silu") != "silu":
+        wrong.append("hidden_act")
+    if "sliding" in str(raw.get("layer_types")):
+        wrong.append("layer_types")
+    windowed = kind == "mistral" or raw.get("use_sliding_window")
+    if windowed and raw.get("sliding_window") is not None:
+        window = whole(raw, "sliding_window", most=2**31)
+        if window < whole(raw, "max_position_embeddings", 2048, most=2**31):
+            wrong.append("sliding_window")
+    for key in wrong:
+        raise ValueError(f"{key} = {raw.get(key)!r:.60} is not supported (model.py knows dense "
+                         f"{', '.join(KINDS)} without sliding windows)")
 
-        rope = {**(get("rope_scaling") or {}), **(get("rope_parameters") or {})}
-        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        rope["rope_theta"] = rope.get("rope_theta", get("rope_theta", 10000.0))
-        if rope["rope_type"] not in ("default", "llama3"):
-            refuse(f"rope type {rope['rope_type']!r}")
-        bias = bool(get("attention_bias", False))
-        return Config(
-            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rms_norm_eps=get("rms_norm_eps", 1e-6), tie_word_embeddings=get("tie_word_embeddings", False),
-            qkv_bias=True if kind == "qwen2" else bias, o_bias=False if kind == "qwen2" else bias,
-            qk_norm=kind == "qwen3", max_position_embeddings=get("max_position_embeddings", 2048), rope=rope, raw=raw)
+
+def whole(raw, key, default=None, most=2**20):
+    """raw[key], a whole number from 1 to `most`; `default` where it is missing or null."""
+    n = default if raw.get(key) is None else raw[key]
+    if type(n) is not int or not 1 <= n <= most:
+        raise ValueError(f"{key} = {n!r:.60} is not a whole number from 1 to {most}")
+    return n
+
+
+def real(raw, key, default=None):
+    """raw[key], a finite number above 0; `default` where it is missing or null."""
+    x = default if raw.get(key) is None else raw[key]
+    if type(x) not in (int, float) or not 0 < x < 1e30:
+        raise ValueError(f"{key} = {x!r:.60} is not a number above 0")
+    return float(x)
+
+
+def rotary_layers(raw, kind, layers):
+    """Which layers rotate queries and keys: all, but SmolLM3 leaves out every fourth."""
+    if kind != "smollm3":
+        return [True] * layers
+    interval = whole(raw, "no_rope_layer_interval", 4)
+    found = raw.get("no_rope_layers")  # 1: rotates
+    if found is None:
+        found = [(i + 1) % interval for i in range(layers)]
+    if not isinstance(found, list) or len(found) < layers:
+        raise ValueError(f"no_rope_layers = {found!r:.60} is not a list with one number a layer")
+    return [bool(x) for x in found[:layers]]
+
+
+def read_rope(raw, context) -> dict:
+    """Type, theta and, for llama3, the four numbers of its scaling."""
+    theta = 2e6 if raw["model_type"] == "smollm3" else 1e4
+    rope = {"rope_theta": raw.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = raw.get(key) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{key} = {found!r:.60} is not an object")
+        rope.update(found)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    result = {"rope_type": kind, "rope_theta": real(rope, "rope_theta", theta)}
+    if kind == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor"):
+            result[key] = real(rope, key)
+        key = "original_max_position_embeddings"
+        result[key] = real(rope, key, context)
+    elif kind != "default":
+        raise ValueError(f"rope type {kind!r:.60} is not supported (default and llama3 are)")
+    return result
 
 
 def inverse_frequencies(c: Config) -> Tensor:
-    """(head_dim/2,) float32 angles per position; llama3 scaling stretches the slow ones (transformers modeling_rope_utils)."""
+    """(head_dim/2,) float32 angles per position; llama3 stretches the slow ones (transformers'
+    modeling_rope_utils)."""
     rope = c.rope
-    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
+    powers = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim
+    freq = 1.0 / rope["rope_theta"] ** powers
     if rope["rope_type"] == "default":
         return freq
-    wavelength, context = 2 * math.pi / freq, rope["original_max_position_embeddings"]
+    turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 0: stretched by `factor`, 1: left alone
-    return (1 - smooth) * freq / rope["factor"] + smooth * freq
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: left alone, 0: stretched by `factor`
+    return keep * freq + (1 - keep) * freq / rope["factor"]
 
 
-# ---- Who looks at whom --------------------------------------------------------------------------------------------------
+# ---- Who looks at whom ----
+
+def pack(sequences, prompt_lens, device):
+    """Token lists (prompt + response) as one batch: (ids (N,), rows, targets (N,)). Each response
+    token is the target of the place before it; -1 elsewhere. What several sequences have before the
+    last token of their prompts is laid down once. No sequences: one token without a target, as
+    under FSDP every rank must take part in every pass.
+
+    pack([[7, 8, 9], [7, 8, 5, 4]], [2, 2]): ids 7 8 8 5, rows [0, 1] [0, 2, 3], targets -1 9 5 4
+    """
+    ids, rows, targets = [], [], []
+    places = {}  # prompt without its last token -> where it stands
+    for tokens, n in zip(sequences, prompt_lens):
+        prefix = tuple(tokens[:n - 1])
+        if prefix not in places:
+            places[prefix] = list(range(len(ids), len(ids) + len(prefix)))
+            ids += prefix
+            targets += [-1] * len(prefix)
+        start = len(ids)
+        ids += tokens[n - 1:-1]  # nothing follows the last token
+        targets += tokens[n:]
+        rows.append([*places[prefix], *range(start, len(ids))])
+    if not ids:
+        ids, rows, targets = [0], [[0]], [-1]
+    return torch.tensor(ids, device=device), rows, torch.tensor(targets, device=device)
+
+
+def causal(rows, device, dtype=torch.float32):
+    """(positions (N,), attend) for sequences whose tokens stand at the places `rows` of the flat
+    list: each token sees those before it in its row. Attention runs over the rows end to end
+    (padded on the right for SDPA), at the places `seen`; `back` finds each token's result."""
+    kernel = attention_kernel(torch.device(device), dtype)
+    lengths = np.array([len(row) for row in rows])
+    longest = int(lengths.max())
+    places = np.concatenate([np.array(row, dtype=np.int64) for row in rows])
+    N = int(places.max()) + 1
+    inside = np.arange(longest) < lengths[:, None]  # (B,T)
+    seen = places
+    index = np.arange(len(places))
+    if kernel == "sdpa":
+        index = inside.ravel().nonzero()[0]
+        seen = np.zeros(inside.size, dtype=np.int64)  # where it is padded, any token will do:
+        seen[index] = places  # nobody looks there, the mask is causal
+    back = np.empty(N, dtype=np.int64)
+    back[places] = index
+    positions = np.empty(N, dtype=np.int64)
+    positions[places] = inside.nonzero()[1]
+    borders = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
+    attend = Causal(kernel, len(rows), longest, torch.from_numpy(borders).to(device))
+    if not np.array_equal(seen, np.arange(N)):  # something is shared or padded
+        attend.seen = torch.from_numpy(seen).to(device)
+        attend.back = torch.from_numpy(back).to(device)
+    return torch.from_numpy(positions).to(device), attend
+
+
+class Causal:
+    """attend() of causal(): q (N,H,h), k and v (N,Hkv,h) -> (N,H,h). A class whose fields are
+    tensors and numbers, so that torch.compile does not compile again for every batch."""
+
+    def __init__(self, kernel: str, sequences: int, longest: int, borders: Tensor):
+        self.kernel, self.sequences, self.longest = kernel, sequences, longest
+        self.borders = borders  # (B+1,) int32, of the rows end to end
+        self.seen = None
+        self.back = None
+
+    def __call__(self, layer, q, k, v):
+        if self.seen is not None:
+            q, k, v = q[self.seen], k[self.seen], v[self.seen]
+        if self.kernel == "sdpa":
+            out = padded(q, k, v, self.sequences)
+        else:
+            out = varlen(self.kernel, q, k, v, self.borders, self.longest)
+        return out if self.back is None else out[self.back]
+
+
+def padded(q, k, v, sequences):
+    """Causal attention over `sequences` of one length, end to end: (B*T,H,h)."""
+    q, k, v = [x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v)]  # (B,H,T,h)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def varlen(kernel, q, k, v, borders, longest):
+    """Causal attention over packed sequences, (S,H,h), by the kernels of a GPU."""
+    h = q.shape[-1]
+    pad = -h % 8  # the kernels know head sizes in steps of 8 and scale by the size they see
+    if pad:
+        q = q * ((h + pad) / h) ** 0.5
+        q, k, v = [F.pad(x, (0, pad)) for x in (q, k, v)]
+    if kernel == "flash-attn":
+        out = flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)
+    else:
+        k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]  # no GQA in 2.11
+        out = varlen_attn(q, k, v, borders, borders, longest, longest, **VARLEN_CAUSAL)
+    return out[..., :h]
+
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernel packed attention uses here: flash-attn if installed, else PyTorch's varlen on CUDA, else padded SDPA."""
+    """What packed attention runs on: flash-attn if installed, PyTorch's varlen on CUDA, or SDPA."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         if flash_attn_varlen_func is not None:
             return "flash-attn"
@@ -127,54 +298,57 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
-def causal(lengths: list[int], device, dtype=torch.float32, after: list[int] | None = None):
-    """(positions (N,), attend) for sequences of `lengths` tokens laid end to end: each token sees its own past only.
-    after[i] = j, if not -1: sequence i is read as if j stood before it, as the samples of one prompt do; their common keys and
-    values are computed once. j itself continues nothing."""
-    kernel, after = attention_kernel(torch.device(device), dtype), after or [-1] * len(lengths)
-    assert all(after[j] < 0 for j in after if j >= 0), "a sequence that is continued must not continue another"
-    on_device = lambda *arrays: (torch.from_numpy(np.concatenate(a)).to(device) for a in arrays)
-    own = [np.arange(end - n, end) for n, end in zip(lengths, itertools.accumulate(lengths))]  # where its tokens stand in the list
-    whole = [np.concatenate((own[a], tokens)) if a >= 0 else tokens for a, tokens in zip(after, own)]  # and those it continues
-    positions = [np.arange(len(w) - n, len(w)) for w, n in zip(whole, lengths)]
-    continued = {a for a in after if a >= 0}
-    if kernel != "sdpa":
-        cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (lengths, map(len, whole)))
-        positions, seen = on_device(positions, whole)
-        longest = max(map(len, whole))
-
-        def attend(layer, q, k, v):
-            return varlen(kernel, q, k[seen] if continued else k, v[seen] if continued else v, cu_q, cu_k, max(lengths), longest)
-        return positions, attend
-
-    rows = [w for i, w in enumerate(whole) if i not in continued]  # what is continued comes with those that continue it
-    T, back = max(map(len, rows)), np.empty(sum(lengths), dtype=np.int64)
-    padded = np.zeros((len(rows), T), dtype=np.int64)  # on the right any token will do: nobody looks there, the mask is causal
-    for i, row in enumerate(rows):
-        padded[i, :len(row)] = row
-        back[row] = np.arange(i * T, i * T + len(row))
-    even = np.array_equal(padded.ravel(), np.arange(len(back)))  # nothing to pad, nothing shared
-    positions, padded, back = on_device(positions, padded, [back])
-
-    def attend(layer, q, k, v):
-        q, k, v = ((x if even else x[padded]).view(len(rows), T, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (B,H,T,h)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        o = o.transpose(1, 2).flatten(0, 1)
-        return o if even else o[back]
-    return positions, attend
+VARLEN_CAUSAL = {"is_causal": True}
+if varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters:
+    VARLEN_CAUSAL = {"window_size": (-1, 0)}  # torch 2.11 and later
 
 
-def varlen(kernel, q, k, v, cu_q, cu_k, longest_q, longest_k):
-    """Causal attention over packed sequences, (N,H,h); cu_q and cu_k (B+1,) int32 are their borders. Queries are the last
-    tokens of a sequence where it has more keys."""
-    if kernel == "flash-attn":
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, longest_q, longest_k, causal=True)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # torch 2.11 has no enable_gqa
-    new = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 and later
-    return varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **({"window_size": (-1, 0)} if new else {"is_causal": True}))
+# ---- The network ----
+
+# PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD; oneDNN, which is in the same PyTorch, uses
+# AVX-512 and is twice as fast there. On AVX2 it is slower, and below some size a call costs more
+# than it saves. RLVR_ONEDNN=0 or 1 overrides.
+ONEDNN = "AVX512" in torch.backends.cpu.get_cpu_capability()
+if os.environ.get("RLVR_ONEDNN"):
+    ONEDNN = os.environ["RLVR_ONEDNN"] == "1"
+ONEDNN = ONEDNN and torch.backends.mkldnn.is_available()
+ONEDNN = ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_FROM = 2**21  # multiplications
 
 
-# ---- The network --------------------------------------------------------------------------------------------------------
+def product(x, W, bias=None):
+    """x (N,K), W (M,K), bias (M,) -> x W^T + bias (N,M)."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    large = len(x) * W.numel() >= ONEDNN_FROM
+    if not (ONEDNN and on_cpu and large) or torch.compiler.is_compiling():
+        return F.linear(x, W, bias)
+    if torch.is_grad_enabled():
+        return OneDNN.apply(x, W, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+
+class OneDNN(torch.autograd.Function):
+    """product() by oneDNN, whose operator has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias):
+        ctx.save_for_backward(x, W)
+        return product(x, W, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, W = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        dx = product(grad, W.T) if wanted[0] else None
+        dW = product(grad.T, x.T) if wanted[1] else None
+        return dx, dW, grad.sum(0) if wanted[2] else None
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight, self.bias)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
@@ -182,56 +356,60 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
         self.eps_tensor = torch.tensor(eps, device="cpu")
 
-    def forward(self, x):  # float32 inside, whatever the weights are
-        if x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":
-            return rms_normalise(x, self.eps_tensor) * self.weight
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-
-
-def rms_normalise(x, eps):  # on a CPU F.rms_norm is twice as many kernels
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt()
+    def forward(self, x):
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # float32 inside
+        # the same in fewer calls: with few rows their number is what costs
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        square = torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1])
+        return x * square.rsqrt() * self.weight
 
 
 def rotate(x, cos, sin):
-    """x (N,H,h) in the half-split form; cos is (cos, cos), sin is (-sin, sin), both (N,1,h)."""
+    """x (N,H,h) turned, in the half-split form; cos is (cos, cos), sin is (-sin, sin): (N,1,h)."""
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, rotary: bool):
         super().__init__()
-        self.head_dim, h = c.head_dim, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * h, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * h, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * h, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * h, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(h, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.head_dim, self.rotary = c.head_dim, rotary
+        queries = c.num_attention_heads * c.head_dim
+        keys = c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, queries, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
+        self.o_proj = Linear(queries, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rope, attend, layer):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), 1), *rope).split((q.shape[1], k.shape[1]), 1)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N,H,h)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N,Hkv,h)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.rotary:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, rotary: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, rotary)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
@@ -240,155 +418,154 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def fused(b: Block, c: Config):
-    """Block b's forward for sampling on a CPU, in 20 kernels instead of 34: with few rows their number is what costs. Copies of
-    the weights: q, k, v and gate, up as one matrix each, the norm's weight multiplied into it; the two halves of a query or
-    key interleaved, so that rotating is one complex product (no score depends on their order). Matmuls add the residual."""
-    a, h, heads = b.self_attn, c.head_dim, c.num_attention_heads
-    interleave = lambda t: t.unflatten(0, (-1, 2, h // 2)).transpose(1, 2).flatten(0, 2)  # (heads * h, ...)
-    side_by_side = lambda norm, *weights: (torch.cat(weights) * norm.weight).T.contiguous()
-    qkv = side_by_side(b.input_layernorm, interleave(a.q_proj.weight), interleave(a.k_proj.weight), a.v_proj.weight)
-    bias = torch.cat([interleave(a.q_proj.bias), interleave(a.k_proj.bias), a.v_proj.bias]) if c.qkv_bias else torch.zeros(1)
-    gate_up = side_by_side(b.post_attention_layernorm, b.mlp.gate_proj.weight, b.mlp.up_proj.weight)
-    o, down = a.o_proj.weight.T, b.mlp.down_proj.weight.T
-    if c.qk_norm:
-        qk_norm = torch.cat([interleave(n.weight).expand(k, h) for n, k in ((a.q_norm, heads), (a.k_norm, c.num_key_value_heads))])
-    eps = b.input_layernorm.eps_tensor
+# ---- The head ----
 
-    def forward(x, rope, attend, layer):
-        y = torch.addmm(bias, rms_normalise(x, eps), qkv).view(len(x), -1, h)
-        qk, v = y.split((y.shape[1] - c.num_key_value_heads, c.num_key_value_heads), 1)
-        if c.qk_norm:
-            qk = rms_normalise(qk, eps) * qk_norm
-        qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * rope[0]).flatten(-2)
-        x = torch.addmm(x + a.o_proj.bias if c.o_bias else x, attend(layer, qk[:, :heads], qk[:, heads:], v).flatten(1), o)
-        gate, up = rms_normalise(x, eps).mm(gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate, inplace=True).mul_(up), down)
-    return forward
+LOGITS_CHUNK = 2**26  # float32 logits at once: 256 MB, of which two are alive
 
 
 def exact_logits(h, W):
-    """h W^T in float32 (float64 stays), for sampler and trainer alike. Matmuls sum products of bfloat16 numbers in float32 in any
-    case; rounding that sum would move a logit of 20 by up to 0.06, the head being where MiniMax-M1 (2506.13585) saw the two part."""
-    exact = torch.float64 if h.dtype == torch.float64 else torch.float32
+    """h (N,D), W (V,D) -> h W^T (N,V) in float32 (float64 stays), for sampler and trainer alike.
+    Matmuls sum products of bfloat16 numbers in float32 anyway; rounding that sum would move a logit
+    of 20 by up to 0.06. MiniMax-M1 (2506.13585) saw the two part at the head. Has no gradient on
+    CUDA."""
+    exact = torch.promote_types(h.dtype, torch.float32)
     if h.is_cuda and h.dtype != exact:
         return torch.mm(h, W.T, out_dtype=exact)
-    return h.to(exact) @ W.to(exact).T
+    return product(h.to(exact), W.to(exact))
 
 
 class TokenLogp(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at `targets`, with entropy and sum p^2 beside it, in chunks: the (N,V) logits never
-    exist at once, and backward computes them again, unless one chunk holds them all. Only logp carries gradient. Float32
-    statistics (float64 stays)."""
-
-    @staticmethod
-    def log_softmax(h, W, temperature):
-        z = exact_logits(h, W)
-        return (z if temperature == 1 else z.div_(temperature)).log_softmax(-1)
+    """log softmax(h W^T / temperature) at `targets` (N,), with entropy and sum p^2 beside it, in
+    float32 (float64 stays). In chunks: (N,V) logits never exist at once; backward computes them
+    again, unless one chunk holds them all. Only log p has a gradient."""
 
     @staticmethod
     def forward(ctx, h, W, targets, temperature):
-        ctx.temperature, ctx.chunk = temperature, max(1, LOGITS_CHUNK // len(W))
-        statistic = torch.promote_types(h.dtype, torch.float32)  # all at once: small tensors between the big ones of the loop
-        logp, entropy, sum_p2 = (h.new_empty(len(h), dtype=statistic) for _ in range(3))  # would fragment the memory
-        for i in range(0, len(h), ctx.chunk):
-            s, z, p = slice(i, i + ctx.chunk), None, None  # let go of the chunk before, first
-            z = TokenLogp.log_softmax(h[s], W, temperature)
-            p = z.exp()
-            logp[s] = z.gather(1, targets[s, None])[:, 0]
-            entropy[s] = -(p.unsqueeze(1) @ z.unsqueeze(2)).flatten()
-            sum_p2[s] = (p.unsqueeze(1) @ p.unsqueeze(2)).flatten()
-        ctx.save_for_backward(h, W, targets, *([p] if 0 < len(h) <= ctx.chunk else []))
+        logp = h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
+        entropy = torch.empty_like(logp)
+        sum_p2 = torch.empty_like(logp)
+        rows = max(1, LOGITS_CHUNK // len(W))
+        p = None
+        for i in range(0, len(h), rows):
+            at = slice(i, i + rows)
+            p = None  # let go of the chunk before, first
+            logp[at], entropy[at], sum_p2[at], p = chunk(h[at], W, targets[at], temperature)
+        kept = [p] if 0 < len(h) <= rows else []
+        ctx.save_for_backward(h, W, targets, *kept)
+        ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy, sum_p2)
         return logp, entropy, sum_p2
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
-        h, W, targets, *whole = ctx.saved_tensors
-        grad, dh, dW = grad[:, None] / ctx.temperature, torch.empty_like(h), torch.zeros_like(W)
-        for i in range(0, len(h), ctx.chunk):
-            s, p, dz = slice(i, i + ctx.chunk), None, None
-            p = whole[0] if whole else TokenLogp.log_softmax(h[s], W, ctx.temperature).exp_()
-            dz = torch.mul(p, -grad[s], out=None if whole else p).scatter_add_(1, targets[s, None], grad[s].to(p.dtype)).to(h.dtype)
-            dh[s] = dz @ W
-            dW.addmm_(dz.T, h[s])
-        return dh, dW, None, None
+        h, W, targets, *kept = ctx.saved_tensors
+        dh = torch.empty_like(h)
+        dW = torch.zeros_like(W, dtype=grad.dtype)  # a bfloat16 sum would be rounded at each chunk
+        for i in range(0, len(h), ctx.rows):
+            at = slice(i, i + ctx.rows)
+            dz = None
+            p = kept[0] if kept else chunk(h[at], W, targets[at], ctx.temperature)[3]
+            dz = chunk_gradient(p, targets[at], grad[at] / ctx.temperature).to(h.dtype)
+            p = None
+            dh[at] = product(dz, W.T)
+            dW += exact_logits(dz.T, h[at].T)
+        return dh, dW.to(W.dtype), None, None
 
+
+def chunk(h, W, targets, temperature):
+    """log p of the targets, entropy, sum p^2 (n,), and p (n,V)."""
+    z = exact_logits(h, W).div_(temperature).log_softmax(-1)
+    p = z.exp()
+    logp = z.gather(1, targets[:, None])[:, 0]
+    return logp, -torch.linalg.vecdot(p, z), torch.linalg.vecdot(p, p), p
+
+
+def chunk_gradient(p, targets, grad):
+    """d(sum of grad * log p[target]) / d logits = grad * (one-hot of the target - p): (n,V)."""
+    grad = grad[:, None]
+    return (p * -grad).scatter_add_(1, targets[:, None], grad)
+
+
+# ---- The model ----
 
 class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, rotary) for rotary in config.rotary)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.inv_freq = inverse_frequencies(config)  # a plain attribute: no weight, and never cast to bfloat16
-        self.whole = False  # True: under FSDP all weights are gathered; call the blocks past its hooks (train.whole_weights)
-        self.fused = None  # see for_sampling
-        self.recompute = False  # True: keep only each block's input for backward (a third more compute, far less memory)
-        self.source: Path | None = None  # the directory it came from, whose tokenizer a save copies along
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        # a plain attribute: no weight, and never cast to bfloat16
+        self.inv_freq = inverse_frequencies(config)
+        # FSDP has gathered all weights for sampling: call the blocks past its hooks
+        self.whole = False
+        # keep each block's input alone for backward: a third more compute, far less memory
+        self.recompute = False
+        self.source: Path | None = None  # the directory it came from
+        self.files: dict[str, bytes] = {}  # its tokenizer, which a save writes along
+        self.eos_ids = end_ids(config.raw, config.vocab_size)
 
     @property
     def head_weight(self):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    @property
-    def eos_ids(self) -> list[int]:
-        """End-of-sequence ids: generation_config.json's if there is one (chat models list several), else config.json's."""
-        ids = self.config.raw.get("eos_token_id")
-        if self.source and (self.source / "generation_config.json").is_file():
-            ids = json.loads((self.source / "generation_config.json").read_text()).get("eos_token_id", ids)
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-    @contextmanager
-    def for_sampling(self):
-        """Inside, on a CPU in float32, the blocks are fused(): another form of the same function, for inference alone."""
-        try:
-            W = self.embed_tokens.weight
-            if W.device.type == "cpu" and W.dtype == torch.float32:
-                with torch.no_grad():
-                    self.fused = [fused(b, self.config) for b in self.layers]
-            yield
-        finally:
-            self.fused = None
-
     def rope(self, positions):
-        """The rotary embedding at `positions` (N,): (cos, sin) as rotate() takes them, or as complex numbers for fused()."""
+        """The rotary embedding at `positions` (N,), as rotate() takes it: (cos, sin), (N,1,h)."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angle, dtype = positions[:, None, None].float() * self.inv_freq, self.embed_tokens.weight.dtype
-        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        return (torch.complex(cos, sin),) if self.fused else (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+        angle = positions[:, None, None].float() * self.inv_freq
+        cos, sin = angle.cos(), angle.sin()
+        dtype = self.embed_tokens.weight.dtype
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
     def body(self, ids, positions, attend, rope=None):
-        """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,); `rope` is rope(positions) if already there."""
-        x, rope = self.embed_tokens(ids), rope or self.rope(positions)
-        for i, layer in enumerate(self.fused or self.layers):
+        """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,); `rope` is
+        rope(positions) where the caller has it already."""
+        x = self.embed_tokens(ids)  # (N,D)
+        rope = rope or self.rope(positions)
+        for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attend, i, use_reentrant=False)
+                x = checkpoint(layer, x, rope, attend, i, use_reentrant=False,
+                               preserve_rng_state=False)  # nothing here is random
             else:
-                x = (layer.forward if self.whole and not self.fused else layer)(x, rope, attend, i)
+                x = (layer.forward if self.whole else layer)(x, rope, attend, i)
         return self.norm(x)
 
-    def forward(self, ids, lengths=None, targets=None, temperature=1.0, after=None):
-        """ids (B,T), right-padded: logits (B,T,V).
-        ids (N,), packed sequences of `lengths` (`after`: see causal), and targets (N,), the id to be predicted at each place or
-        -1 for none: (logp, entropy, sum p^2) at the places that have one, in order; only logp has gradient."""
-        if lengths is None:
+    def logits(self, hidden):
+        """(N,D) -> (N,V) float32, for sampling: see exact_logits."""
+        return exact_logits(hidden, self.head_weight)
+
+    def forward(self, ids, rows=None, targets=None, temperature=1.0):
+        """ids (B,T), padded on the right: logits (B,T,V).
+        ids (N,), the `rows` of places that its sequences have in it, and targets (N,), the id to be
+        predicted at each place or -1 for none: (logp, entropy, sum p^2) at the places that have
+        one, in order; float32, only logp with gradient."""
+        dtype = self.embed_tokens.weight.dtype
+        if rows is None:
             B, T = ids.shape
-            positions, attend = causal([T] * B, ids.device, self.embed_tokens.weight.dtype)
-            return (self.body(ids.flatten(), positions, attend) @ self.head_weight.T).view(B, T, -1)
-        hidden = self.body(ids, *causal(lengths, ids.device, self.embed_tokens.weight.dtype, after))
+            rows = [range(i * T, (i + 1) * T) for i in range(B)]
+            hidden = self.body(ids.flatten(), *causal(rows, ids.device, dtype))
+            return product(hidden, self.head_weight).view(B, T, -1)
+        hidden = self.body(ids, *causal(rows, ids.device, dtype))
         at = (targets >= 0).nonzero()[:, 0]
         return TokenLogp.apply(hidden[at], self.head_weight, targets[at], temperature)
 
-    # ---- checkpoints ----
+    def check_finite(self):
+        """ValueError if some weight is inf or nan, as after a step that went wrong."""
+        for name, p in self.named_parameters():
+            total = p.detach().sum(dtype=torch.float32)
+            if hasattr(total, "full_tensor"):  # sharded: all ranks must agree
+                total = total.full_tensor()
+            if not total.isfinite():
+                raise ValueError(f"{self.source or 'model'}: {name} holds inf or nan; "
+                                 "take an earlier checkpoint")
 
     @staticmethod
     def from_scratch(raw: dict, seed: int = 0, device="cpu") -> "Model":
-        """A new model with random weights (normal, 0.02, as transformers initialises) for a config.json given as dict."""
+        """Random weights (normal, 0.02, as transformers) for a config.json given as a dict."""
         model = Model(Config.from_dict(raw))
         g = torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
@@ -400,132 +577,295 @@ class Model(nn.Module):
 
     @staticmethod
     def from_pretrained(path_or_hub_id, dtype=torch.float32, device="cpu") -> "Model":
-        """A checkpoint directory, or a hub id (downloaded once into huggingface_hub's cache; HF_HUB_OFFLINE is respected).
+        """A checkpoint directory, a run directory of train.py (its newest checkpoint), or a hub id.
         Raises FileNotFoundError or ValueError, one line that names the file or tensor."""
         model = Model.from_config(path_or_hub_id).to(dtype).to_empty(device=device)
         return model.load_weights()
 
     @staticmethod
     def from_config(path_or_hub_id) -> "Model":
-        """The architecture of a checkpoint on the meta device, without weights: shard it, then `load_weights()`."""
+        """A checkpoint's model on the meta device, without memory: shard it, give it memory, then
+        load_weights(). That weights and config.json fit is known already here."""
         source = find_checkpoint(path_or_hub_id)
+        raw = read_json(source / "config.json")
         try:
-            config = Config.from_dict(json.loads((source / "config.json").read_text()))
-        except (ValueError, TypeError) as e:
+            config = Config.from_dict(raw)
+        except ValueError as e:
             raise ValueError(f"{source / 'config.json'}: {e}") from None
+        files = weight_files(source)
+        if config.tie_word_embeddings and has_other_head(files):
+            warnings.warn(f"{source}: config.json ties the head to the embedding, but the weights "
+                          "hold another head; it is used, untied")
+            config = dataclasses.replace(config, tie_word_embeddings=False,
+                                         raw={**raw, "tie_word_embeddings": False})
         with torch.device("meta"):
             model = Model(config)
-        model.source = source
+        find_tensors(files, dict(model.named_parameters()))
+        model.keep(source)
         return model
 
+    def keep(self, source):
+        """Remember what a directory has beside its weights, as it may be gone at the next save."""
+        self.source = Path(source)
+        self.files = small_files(self.source)
+        if "generation_config.json" in self.files:  # chat models name several ends there
+            found = read_json(self.source / "generation_config.json")
+            self.eos_ids = end_ids(found, self.config.vocab_size) or self.eos_ids
+
     def load_weights(self) -> "Model":
-        """Stream self.source's safetensors in, one tensor at a time, cast to each parameter's dtype; a rank of a sharded
+        """Stream the safetensors of `source` in, cast to each parameter's dtype; a rank of a sharded
         model keeps its own slice only."""
-        wanted, problems = dict(self.named_parameters()), []
-        files = sorted(self.source.glob("*.safetensors"))
-        if (index := self.source / "model.safetensors.index.json").is_file():
-            files = sorted({self.source / f for f in json.loads(index.read_text())["weight_map"].values()})
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as f:
-                    for key in f.keys():
-                        name = key.removeprefix("model.")
-                        p = wanted.pop(name, None)
-                        if p is not None and tuple(f.get_slice(key).get_shape()) == tuple(p.shape):
-                            copy_into(p, f.get_tensor(key))
-                        elif p is not None:
-                            problems.append(f"{key} is {list(f.get_slice(key).get_shape())}, expected {list(p.shape)}")
-                        elif not (name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"):  # tied: a copy
-                            problems.append(f"{key} unexpected")
-            except (SafetensorError, FileNotFoundError) as e:
-                raise ValueError(f"{file}: not readable as safetensors ({e}); download or copy it again") from None
-        problems += [f"{name} missing" for name in wanted]
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(f"{self.source}: weights do not fit config.json: {'; '.join(problems[:8])}{more}")
+        read_tensors(weight_files(self.source), dict(self.named_parameters()))
         return self
 
-    @torch.no_grad()
     def save_pretrained(self, directory, dtype=None, write=True) -> None:
-        """Write a checkpoint that transformers and vLLM load: config.json, safetensors in shards of 5 GB, and the
-        tokenizer files of `self.source`. Written aside and renamed: `directory` is whole or absent, also if killed.
-        Sharded models: every rank must call it (each tensor is gathered in turn), one with write=True."""
-        directory, tensors = Path(directory), dict(self.named_parameters())
-        dtype = dtype or next(iter(tensors.values())).dtype
+        """Write a checkpoint that transformers and vLLM load: config.json, safetensors, tokenizer.
+        Written aside and renamed: `directory` is whole or absent, also if killed. Sharded models:
+        every rank must call it (each tensor is gathered in turn), one with write=True."""
+        directory = Path(directory)
         aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+        tensors = {}
+        for name, p in self.named_parameters():
+            tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
+        dtype = dtype or self.head_weight.dtype
         if write:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        shards, room = [[]], SHARD_BYTES
-        for name, p in tensors.items():
-            size = p.numel() * dtype.itemsize
-            if size > room and shards[-1]:
-                shards, room = shards + [[]], SHARD_BYTES
-            shards[-1].append(name)
-            room -= size
-        where = {}
-        for i, names in enumerate(shards):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            shard = {}
-            for name in names:
-                t = tensors[name].full_tensor() if hasattr(tensors[name], "full_tensor") else tensors[name]
-                if write:
-                    key = name if name.startswith("lm_head") else f"model.{name}"
-                    shard[key], where[key] = t.detach().to("cpu", dtype).contiguous(), file
-            if write:
-                save_file(shard, aside / file, metadata={"format": "pt"})
+        write_tensors(aside, tensors, dtype, write)
         if not write:
             return
-        if len(shards) > 1:
-            total = sum(p.numel() for p in tensors.values()) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        raw = {k: v for k, v in self.config.raw.items() if k != "torch_dtype"}
-        (aside / "config.json").write_text(json.dumps({**raw, "dtype": str(dtype).removeprefix("torch.")}, indent=1))
-        for pattern in TOKENIZER_FILES if self.source else ():
-            for file in self.source.glob(pattern):
-                shutil.copy(file, aside)
+        raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+        (aside / "config.json").write_text(json.dumps(raw, indent=1))
+        for name, content in self.files.items():
+            (aside / name).write_bytes(content)
         replace_directory(aside, directory)
 
 
-def copy_into(p, t):
-    """Copy the full tensor `t` into parameter `p`, or this rank's slice of it where p is sharded."""
-    with torch.no_grad():
-        if hasattr(p, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-            t = distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
-            p = p.to_local()
-        p.copy_(t)
+# ---- Checkpoints: out ----
+
+SHARD_BYTES = 5 * 10**9  # a safetensors file at most
+
+
+def write_tensors(directory, tensors: dict[str, Tensor], dtype=None, write=True, stem="model"):
+    """`tensors` as `stem`.safetensors in `directory`, or in several files and an index. dtype None
+    leaves each its own. Sharded ones are gathered one at a time: every rank must call it, the one
+    with write=True writes."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    planned = {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta")
+               for name, t in tensors.items()}
+    plan = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD_BYTES,
+                                              filename_pattern=stem + "{suffix}.safetensors")
+    for file, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            t = tensors[name].detach()
+            if hasattr(t, "full_tensor"):
+                t = t.full_tensor()
+            if write:
+                shard[name] = t.to("cpu", planned[name].dtype).contiguous()
+        if write:
+            save_file(shard, Path(directory) / file, metadata={"format": "pt"})
+    if write and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (Path(directory) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
-    """Rename `aside` to `directory`; one that is there already goes away only after the new one stands ready."""
+    """Rename `aside` to `directory`, on the disk before it is seen: whole or absent, also after a
+    power cut. One that is there already goes only when the new one stands ready."""
+    for path in [*aside.rglob("*"), aside]:
+        flush(path)
     old = directory.with_name(f".{directory.name}.old.{os.getpid()}")
     if directory.exists():
-        directory.rename(old)
-    aside.rename(directory)
+        directory.replace(old)
+    aside.replace(directory)
+    flush(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def flush(path):
+    """fsync of a file, or of the list of names that a directory is."""
+    if os.name == "nt":  # neither is possible on a file opened for reading there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- Checkpoints: in. A directory may come from a stranger: whatever is wrong is one ValueError ----
+
+SMALL = 64 * 2**20  # bytes of a file that is read whole
+FLOATS = ("F64", "F32", "F16", "BF16")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+                   "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja", "chat_template.json", "generation_config.json")
+
+
 def find_checkpoint(path_or_hub_id) -> Path:
-    """The directory of a checkpoint: local, or fetched from the hub (or its cache). One clear line if there is none."""
+    """The directory of a checkpoint: local, or fetched from the hub or its cache (HF_HUB_OFFLINE is
+    respected). FileNotFoundError, one line, if there is none."""
     path = Path(path_or_hub_id)
-    if (path / "latest").is_file():  # a run directory of train.py: its newest checkpoint
-        path = path / (path / "latest").read_text()
+    if (path / "latest").is_file():  # a run directory of train.py
+        name = (path / "latest").read_text(errors="replace").strip()
+        if not is_inside(path / name, path) or Path(name).name != name:
+            raise ValueError(f"{path / 'latest'}: {name!r:.60} is no directory in this one")
+        path = path / name
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path}: no config.json here; a checkpoint directory holds config.json and *.safetensors")
-        if not list(path.glob("*.safetensors")):
-            raise FileNotFoundError(f"{path}: no *.safetensors here (pickled .bin weights are not read)")
         return path
     name = str(path_or_hub_id)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json",
+              "adapter_config.json", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise FileNotFoundError(f"{name}: no such directory, and the hub did not give it ({type(e).__name__}: {reason}); "
-                                "offline, pass a local directory") from None
+        raise FileNotFoundError(f"{name}: no such directory, and the hub did not give it "
+                                f"({type(e).__name__}: {reason}); offline, pass a directory") from None
+
+
+def is_inside(path, directory):
+    """Whether `path`, links followed, lies in `directory`, or in the hub's cache that it is in."""
+    directory = directory.resolve()
+    if directory.parent.name == "snapshots":  # its files are links to ../../blobs
+        directory = directory.parent.parent
+    return path.resolve().is_relative_to(directory)
+
+
+def read_json(path) -> dict:
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a checkpoint has one")
+        if path.stat().st_size > SMALL:
+            raise ValueError(f"{path}: larger than {SMALL} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({str(e):.100})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return found
+
+
+def end_ids(raw, vocab_size) -> list[int]:
+    """eos_token_id of a config, which may be a number, a list or null, as a list."""
+    found = raw.get("eos_token_id")
+    found = found if isinstance(found, list) else [found]
+    return [t for t in found if type(t) is int and 0 <= t < vocab_size]
+
+
+def small_files(source) -> dict[str, bytes]:
+    """{name: content} of the tokenizer's files. None that is a link out of the directory: a save
+    would publish what it points to."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        path = source / name
+        if not path.is_file():
+            continue
+        if is_inside(path, source) and path.stat().st_size <= SMALL:
+            files[name] = path.read_bytes()
+        else:
+            warnings.warn(f"{path}: a link out of its directory, or larger than {SMALL} bytes; "
+                          "it is not saved along")
+    return files
+
+
+def weight_files(source) -> list[Path]:
+    """The safetensors of the model itself, not of adapters or other formats beside it."""
+    index = source / "model.safetensors.index.json"
+    one = source / "model.safetensors"
+    missing = None
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else []
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index}: {name!r:.60} is no file name")
+        files = [source / name for name in sorted(set(names))]
+        missing = next((file for file in files if not file.is_file()), None)
+        if files and not missing:
+            return files
+    if one.is_file():
+        return [one]
+    if missing:
+        raise FileNotFoundError(f"{missing}: missing, though {index.name} names it; download it")
+    files = sorted(source.glob("model-*-of-*.safetensors"))
+    if not files and (source / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{source}: a LoRA adapter alone; merge it into its base model first")
+    if not files:
+        raise FileNotFoundError(f"{source}: no model.safetensors here (.bin weights are not read)")
+    return files
+
+
+@contextmanager
+def opened(file):
+    """A safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            yield f
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: not readable as safetensors ({str(e):.100}); "
+                         "download or copy it again") from None
+
+
+def has_other_head(files) -> bool:
+    """Whether there is an lm_head.weight that is not a copy of the embedding."""
+    found = {}
+    for file in files:
+        with opened(file) as f:
+            for key in f.keys():
+                if key.endswith(("lm_head.weight", "embed_tokens.weight")):
+                    found[key.removeprefix("model.")] = f.get_tensor(key)
+    head = found.get("lm_head.weight")
+    return head is not None and not torch.equal(head, found.get("embed_tokens.weight", head))
+
+
+def find_tensors(files, wanted: dict[str, Tensor]) -> dict[Path, list]:
+    """{file: [(key in it, name in `wanted`)]}, from the headers alone. ValueError if something is
+    missing, unexpected or of another shape. A `model.` before a key is not looked at."""
+    found, problems = {}, []
+    missing = dict.fromkeys(wanted)
+    for file in files:
+        found[file] = []
+        with opened(file) as f:
+            for key in f.keys():
+                name = key.removeprefix("model.")
+                t = f.get_slice(key)
+                if name in wanted:
+                    found[file].append((key, name))
+                    missing.pop(name, None)
+                    shape = list(wanted[name].shape)
+                    if t.get_shape() != shape:
+                        problems.append(f"{key} is {t.get_shape()}, expected {shape}")
+                    elif t.get_dtype() not in FLOATS:
+                        problems.append(f"{key} is {t.get_dtype()}, not a float")
+                elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # copies
+                    problems.append(f"{key!r:.100} in {file.name} unexpected")
+    problems += [f"{name} missing" for name in missing]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{files[0].parent}: the weights are not those of config.json: "
+                         f"{'; '.join(problems[:8])}{more}")
+    return found
+
+
+@torch.no_grad()
+def read_tensors(files, wanted: dict[str, Tensor]) -> None:
+    """Stream safetensors into the tensors `wanted`, one at a time; a sharded one (DTensor) takes
+    this rank's slice. ValueError names file and tensor."""
+    for file, keys in find_tensors(files, wanted).items():
+        with opened(file) as f:
+            for key, name in keys:
+                local = wanted[name]
+                t = f.get_tensor(key)
+                if hasattr(local, "placements"):
+                    from torch.distributed.tensor import distribute_tensor
+                    t = distribute_tensor(t.to(local.device), local.device_mesh, local.placements,
+                                          src_data_rank=None).to_local()
+                    local = local.to_local()
+                local.copy_(t)
