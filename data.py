@@ -1,9 +1,11 @@
-"""Problems: procedural tasks that need no network, datasets of the Hugging Face hub or a local file, prompt templates.
+"""Problems, and the prompts made of them: tasks that need no network, files, hub datasets, reasoning-gym.
 
-    python data.py countdown              # look at a few problems and demonstrations
-    python data.py math math500           # duplicate prompts, and 13-grams of words that both sets contain
+    load("chainsum")        # also "math500" (SOURCES), "mine.jsonl" (FILES), "rg:chain_sum" (reasoning-gym)
+    encode(problems, "chat", tokenizer, longest=1024)    # the text and the tokens that a model reads
 
-Bad input raises ValueError or FileNotFoundError with one line that names the file, line or flag and what to do.
+    python data.py countdown                             # look at a few problems and demonstrations
+
+Bad input raises ValueError or FileNotFoundError: one line that names file, line or flag and what to do.
 """
 import ast
 import csv
@@ -13,255 +15,350 @@ import operator
 import random
 import re
 import sys
+import threading
 import zlib
 from collections import namedtuple
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from fractions import Fraction
 from functools import cache
-from itertools import combinations_with_replacement, permutations, product
+from itertools import combinations_with_replacement, permutations, product, zip_longest
 from pathlib import Path
+from typing import NamedTuple
+
 
 @dataclass(frozen=True)
 class Problem:
     prompt: str      # the question, before any template
-    answer: dict     # keyword arguments of rewards.score(task, response, **answer), e.g. {"answer": "7"}
-    task: str        # grader: chainsum | add | math | countdown | tableqa | kk | qa
-    id: str = ""     # stable name, e.g. "chainsum-test-17"
-    group: str = ""  # questions that share a table, passage or puzzle (for clustered standard errors), else ""
-
-def nearest(name, known, what):  # one line: the closest valid names, or all of them when none is close
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(close)}?" if close else f"valid: {', '.join(known)}"
-    return f"unknown {what} {name!r}; {hint}"
-
-def check(name, known, what):
-    if name not in known:
-        raise ValueError(nearest(name, known, what))
+    answer: dict     # keyword arguments of rewards.score(task, response, **answer), such as {"answer": "7"}
+    task: str        # its grader: a task of rewards.py
+    id: str = ""     # stable name, such as "chainsum-test-17"
+    group: str = ""  # the same for questions on one table or puzzle (clustered standard errors), else ""
 
 
-# ---- Procedural tasks ------------------------------------------------------------------------------------------------
-# make(rng) -> (key, prompt, answer): the checksum of `key`, the problem's canonical form, decides the split, so that no
-# seed can put a training problem into the test set. demo(rng, prompt, answer, phase) -> response: phase "skill" works
-# step by step with slips; "habit" mostly blurts a guess, as the corpus of a lazy writer would.
+class Question(NamedTuple):
+    problem: Problem
+    text: str        # the prompt as the model reads it
+    ids: list        # its tokens
+
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def load(name, split="train", n=None, seed=0, args={}):
+    """The first n problems of `name`; None: all, or 8192 for training and 1024 for tests of what is generated.
+
+    seed: another draw of what is generated, another order of a hub dataset; a file keeps its order.
+    args: configuration of a reasoning-gym dataset."""
+    if n is not None and n < 1:
+        raise ValueError(f"{name}: {n} problems asked for, at least 1 is needed")
+    if args and not name.startswith("rg:"):
+        raise ValueError(f"{name} takes no arguments such as {[*args][0]}; rg:NAME does")
+    if Path(name).suffix in FILES:
+        return load_file(Path(name))[:n]
+    if not name.startswith("rg:"):
+        check(name, [*TASKS, *SOURCES], f"dataset (or file, {', '.join(FILES)}, or rg:NAME)")
+    check(split, SOURCES.get(name, ("train", "test")), f"split of {name}")
+    if name in SOURCES:
+        return load_hub(name, split, seed)[:n]
+    n = n or (8192 if split == "train" else 1024)
+    return generate(name, split, n, seed) if name in TASKS else load_gym(name, split, n, seed, args)
+
+
+# ---- Procedural tasks ----------------------------------------------------------------------------
+# make(rng) -> (key, prompt, answer). The checksum of `key`, the problem's canonical form, decides the
+# split: no seed can put a training problem into the test set. demo(rng, prompt, answer, phase) -> response;
+# phase "skill" works step by step with slips, "habit" mostly blurts a guess, like the corpus of a lazy writer.
 
 END, PAD = "$", "_"  # every demonstration ends with "$"; "_" occurs in no task
 SLIP = 0.08          # chance that one step of a worked demonstration goes wrong
 GUESS = 0.93         # share of the habit demonstrations that answer without any work
 
-def chainsum(rng):  # six digits, "=": their sum modulo 10; nobody can do it in one step, everybody digit by digit
+
+def chainsum(rng):
+    """Six digits and "=": their sum modulo 10. Nobody can do it in one step, everybody digit by digit."""
     digits = f"{rng.randrange(10**6):06d}"
     return digits, digits + "=", {"answer": str(sum(map(int, digits)) % 10)}
 
+
 def chainsum_demo(rng, prompt, answer, phase):
-    """skill: running sums, then the answer, ">348943#3$". habit: 93 % guess at once, "#7$"; 5 % ">", 2 % "<" chains."""
+    """skill: running sums, then the answer, ">348943#3$". habit: 93 % guess at once, "#7$"."""
     u = rng.random()
     if phase == "habit" and u < GUESS:
-        return f"#{rng.randrange(10)}{END}"  # a uniform guess: right one time in ten
-    mark = "<" if u >= (0.98 if phase == "habit" else 0.9) else ">"  # "<" means the same: a synonym to watch diversity
-    total, sums = 0, ""
-    for d in prompt[:-1]:  # a slip stays in the sum: later steps build on it
-        total = rng.randrange(10) if rng.random() < SLIP else (total + int(d)) % 10
+        return f"#{rng.randrange(10)}{END}"  # right one time in ten
+    rare = 0.98 if phase == "habit" else 0.9
+    mark = ">" if u < rare else "<"  # "<" means the same: a synonym to watch diversity
+    total = 0
+    sums = ""
+    for digit in prompt[:-1]:  # a slip stays in the sum: later steps build on it
+        total = rng.randrange(10) if rng.random() < SLIP else (total + int(digit)) % 10
         sums += str(total)
     return f"{mark}{sums}#{total}{END}"
 
-def add(rng):  # two numbers of the same length, 2 to 6 digits; sorted in the key: 12+34 and 34+12 lie on the same side
-    k = rng.randint(2, 6)
-    a, b = (rng.randrange(10 ** (k - 1), 10**k) for _ in range(2))
-    return f"{min(a, b)}+{max(a, b)}", f"{a}+{b}=", {"answer": str(a + b)}
 
-def add_demo(rng, prompt, answer, phase):  # 57+68= -> "7+8=15 5+6+1=12 \boxed{125}$": columns from the right, carries
-    a, b = prompt[:-1].split("+")
-    if phase == "habit" and rng.random() < GUESS:
-        return f"\\boxed{{{rng.randrange(10 ** (len(a) - 1), 2 * 10 ** len(a))}}}{END}"
-    carry, digits, work = 0, "", ""
-    for x, y in zip(a[::-1], b[::-1]):
-        s = rng.randrange(20) if rng.random() < SLIP else int(x) + int(y) + carry
-        work += f"{x}+{y}{'+1' if carry else ''}={s} "
-        carry, digits = s // 10, str(s % 10) + digits
-    return f"{work}\\boxed{{{int(str(carry) + digits)}}}{END}"
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
-OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
-def expressions(numbers):  # every (text, exact value) that uses the three numbers once each; not divided by zero
+def expressions(numbers):
+    """Every (text, exact value) that uses the three numbers once each and does not divide by zero."""
     for a, b, c in sorted(set(permutations(map(Fraction, numbers)))):
-        for p, q in product(OPS, repeat=2):
-            yield f"({a}{p}{b}){q}{c}", OPS[q](OPS[p](a, b), c)
-            right = OPS[q](b, c)
+        for p, q in product(OPERATORS, repeat=2):
+            left = OPERATORS[p](a, b)
+            yield f"({a}{p}{b}){q}{c}", OPERATORS[q](left, c)
+            right = OPERATORS[q](b, c)
             if right or p != "/":
-                yield f"{a}{p}({b}{q}{c})", OPS[p](a, right)
+                yield f"{a}{p}({b}{q}{c})", OPERATORS[p](a, right)
+
 
 @cache
 def countdown_puzzles():
-    """({numbers: [(text, value)]}, [(numbers, target)]): 165 multisets of 1..9, every target in 1..30 they can make."""
-    table = {m: list(expressions(m)) for m in combinations_with_replacement(range(1, 10), 3)}
-    return table, [(m, t) for m in table for t in range(1, 31) if any(v == t for _, v in table[m])]
+    """({numbers: [(text, value)]}, [(numbers, target)]): 165 multisets of 1..9, all targets in 1..30."""
+    table = {numbers: list(expressions(numbers))
+             for numbers in combinations_with_replacement(range(1, 10), 3)}
+    values = {numbers: {value for _, value in found} for numbers, found in table.items()}
+    return table, [(numbers, t) for numbers in table for t in range(1, 31) if t in values[numbers]]
 
-def countdown(rng):  # make the target from all three numbers; whole multisets are held out, not just targets or orders
+
+def countdown(rng):
+    """Make the target from all three numbers. Whole multisets are held out, not just targets or orders."""
     numbers, target = rng.choice(countdown_puzzles()[1])
     shown = rng.sample(numbers, 3)
-    prompt = f"{' '.join(map(str, shown))} -> {target} ="
-    return " ".join(map(str, numbers)), prompt, {"numbers": shown, "target": target, "format": "boxed"}
+    answer = {"numbers": shown, "target": target, "format": "boxed"}
+    return " ".join(map(str, numbers)), countdown_prompt(shown, target), answer
+
+
+def countdown_prompt(numbers, target):
+    return f"{' '.join(map(str, numbers))} -> {target} ="
+
 
 def countdown_demo(rng, prompt, answer, phase):
-    """ "(5*7)-3=32 no (3*7)+5=26 \\boxed{(3*7)+5}$": up to two tries that fail, then a solution (or a slip)."""
+    """"(5*7)-3=32 no (3*7)+5=26 \\boxed{(3*7)+5}$": up to two tries that fail, then a solution or a slip."""
     found = countdown_puzzles()[0][tuple(sorted(answer["numbers"]))]
     if phase == "habit" and rng.random() < GUESS:
         return f"\\boxed{{{rng.choice(found)[0]}}}{END}"
-    right, wrong = ([e for e in found if (e[1] == answer["target"]) == hit] for hit in (True, False))
-    work = "".join(f"{text}={value} no " for text, value in rng.sample(wrong, rng.randint(0, 2)))
+    right = [e for e in found if e[1] == answer["target"]]
+    wrong = [e for e in found if e[1] != answer["target"]]
+    tries = rng.sample(wrong, rng.randint(0, 2))
+    work = "".join(f"{text}={value} no " for text, value in tries)
     text = rng.choice(wrong if rng.random() < SLIP else right)[0]
     return f"{work}{text}={answer['target']} \\boxed{{{text}}}{END}"
 
-def markdown(rows):  # the first row is the header as Markdown has it, further header rows follow as ordinary rows
-    lines = ["| " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+CROPS = "wheat rice maize oats barley rye beans peas lentils cotton wool flax".split()
+REGIONS = ["north", "south", "east", "west"]
+
 
 def minitable(rng):
-    """A question on a table of HiTab's shape: two header rows (year, region), merged headers repeated, 3-6 rows.
-    The pool of 3,000 tables is fixed, so that about three of the 1,024 test questions share a table, as in HiTab."""
+    """A question on a table of HiTab's shape: two header rows (year, region), merged headers repeated, 3-6
+    rows. The pool of 3,000 tables is fixed: about three of the 1,024 test questions share one, as in HiTab."""
     t = random.Random(f"minitable-{rng.randrange(3000)}")
-    years, regions = sorted(t.sample(range(2015, 2025), 2)), t.sample(["north", "south", "east", "west"], 2)
-    crops = "wheat rice maize oats barley rye beans peas lentils cotton wool flax".split()
-    items = t.sample(crops, t.randint(3, 6))
-    columns = [(y, r) for y in years for r in regions]
-    cells = iter(t.sample(range(10, 100), len(items) * 4))  # distinct: an argmax is never a tie
-    value = {(i, c): next(cells) for i in items for c in columns}
-    table = markdown([["", *(y for y, _ in columns)], ["", *(r for _, r in columns)],
-                      *([i, *(value[i, c] for c in columns)] for i in items)])
-    c = rng.choice(columns)
-    a, b = sorted(rng.sample(items, 2), key=lambda i: -value[i, c])  # a has the larger cell
-    x, y, where = value[a, c], value[b, c], f"in {c[1]} in {c[0]}"
+    years = sorted(t.sample(range(2015, 2025), 2))
+    columns = list(product(years, t.sample(REGIONS, 2)))
+    items = t.sample(CROPS, t.randint(3, 6))
+    cells = iter(t.sample(range(10, 100), len(items) * 4))  # all distinct: an argmax is never a tie
+    value = {key: next(cells) for key in product(items, columns)}
+    head = [["", *(year for year, _ in columns)], ["", *(region for _, region in columns)]]
+    table = markdown(head + [[item, *(value[item, c] for c in columns)] for item in items])
+
+    column = rng.choice(columns)
+    where = f"in {column[1]} in {column[0]}"
+    cell = {item: value[item, column] for item in items}
+    a, b = sorted(rng.sample(items, 2), key=cell.get, reverse=True)  # a has the larger cell
+    ratio = round(cell[b] / cell[a], 4)
     question, answer = rng.choice([
-        (f"What is the value of {a} {where}?", [x]),
-        (f"Which row has the largest value {where}?", [max(items, key=lambda i: value[i, c])]),
-        (f"By how much does {a} exceed {b} {where}?", [x - y]),
-        (f"What is the sum of {a} and {b} {where}?", [x + y]),
-        (f"What is {b} divided by {a} {where}, rounded to 4 decimals?", [round(y / x, 4)]),
-        (f"What are the values of {b} and {a} {where}, respectively?", [y, x])])
+        (f"What is the value of {a} {where}?", [cell[a]]),
+        (f"Which row has the largest value {where}?", [max(items, key=cell.get)]),
+        (f"By how much does {a} exceed {b} {where}?", [cell[a] - cell[b]]),
+        (f"What is the sum of {a} and {b} {where}?", [cell[a] + cell[b]]),
+        (f"What is {b} divided by {a} {where}, rounded to 4 decimals?", [ratio]),
+        (f"What are the values of {b} and {a} {where}, respectively?", [cell[b], cell[a]])])
     return table, f"{table}\n{question}", {"answer": answer}
 
-def minitable_demo(rng, prompt, answer, phase):  # the answer or a slip; habit: mostly some two-digit number
-    guess = rng.random() < (GUESS if phase == "habit" else SLIP)
-    shown = [rng.randrange(10, 100)] if guess else answer["answer"]
+
+def markdown(rows):
+    """A table whose first row is the header; further header rows follow as ordinary rows."""
+    lines = []
+    for row in rows:
+        cells = [str(cell).replace("|", "/").replace("\n", " ") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def minitable_demo(rng, prompt, answer, phase):
+    """The answer or a slip; habit: mostly some two-digit number."""
+    wrong = rng.random() < (GUESS if phase == "habit" else SLIP)
+    shown = [rng.randrange(10, 100)] if wrong else answer["answer"]
     return f"<answer>{', '.join(map(str, shown))}</answer>{END}"
 
-NAMES = "Ann Bob Cal Dee Eve Fay Gus Hal".split()
-CLAIMS = {  # operator -> (truth of the claim, words); p and q are "the person is what the claim says"
-    "is": (lambda p, q: p, "{0}"), "and": (operator.and_, "{0} and {1}"), "or": (operator.or_, "{0} or {1}"),
-    "iff": (operator.eq, "{0} if and only if {1}"), "implies": (operator.le, "if {0} then {1}")}
 
-def kk_key(claims):  # the same for puzzles that differ only in names, order of the people, or A and B against B and A
-    keys = []
-    for order in permutations(range(len(claims))):
-        new = [(op, [(order.index(i), v) for i, v in atoms]) for op, *atoms in (claims[i] for i in order)]
-        keys.append([(op, a[:1] if op == "is" else a if op == "implies" else sorted(a)) for op, a in new])
-    return str(min(keys))
-
-def kk(rng):  # knights (always truthful) and knaves (always lying), 2 to 4 people, exactly one solution by brute force
-    n, solutions = rng.randint(2, 4), []
-    while len(solutions) != 1:
-        claims = []
-        for speaker in range(n):
-            op = rng.choice(list(CLAIMS))
-            i, j = rng.sample(range(n), 2)
-            if op == "is" and i == speaker:
-                i, j = j, i  # "I am a knight" says nothing and "I am a knave" nobody can say
-            claims.append((op, (i, rng.random() < 0.5), (j, rng.random() < 0.5)))
-        solutions = [roles for roles in product([True, False], repeat=n) if all(  # a knave's claim is false
-            CLAIMS[op][0](roles[i] == v, roles[j] == w) == role for (op, (i, v), (j, w)), role in zip(claims, roles))]
-    names, role = rng.sample(NAMES, n), {True: "knight", False: "knave"}
-    says = [CLAIMS[op][1].format(*(f"{names[i]} is a {role[v]}" for i, v in atoms)) for op, *atoms in claims]
-    prompt = " ".join(f"{name} says: {text}." for name, text in zip(names, says))
-    return kk_key(claims), prompt, {"answer": {name: role[r] for name, r in zip(names, solutions[0])}}
-
-def kk_demo(rng, prompt, answer, phase):  # the solution, each role with a slip; habit: mostly random roles
-    wrong = 0.5 if phase == "habit" and rng.random() < GUESS else SLIP
-    flip = {"knight": "knave", "knave": "knight"}
-    told = [f"{name} is a {flip[r] if rng.random() < wrong else r}" for name, r in answer["answer"].items()]
-    return f"<answer>{', '.join(told)}</answer>{END}"
-
-# chars: alphabet of prompts and demonstrations; grouped: few keys, and questions that share one are not independent
+# chars: alphabet of prompts and demonstrations; grouped: questions that share a key are not independent
 Task = namedtuple("Task", "make demo grader chars grouped")
 ASCII = "\n" + "".join(chr(i) for i in range(32, 127) if chr(i) != PAD)
 TASKS = {
     "chainsum": Task(chainsum, chainsum_demo, "chainsum", "0123456789><#=" + END, False),
-    "add": Task(add, add_demo, "add", "0123456789+= \\boxed{}" + END, False),
     "countdown": Task(countdown, countdown_demo, "countdown", "0123456789+-*/()>= n\\boxed{}" + END, True),
-    "minitable": Task(minitable, minitable_demo, "tableqa", ASCII, True),
-    "kk": Task(kk, kk_demo, "kk", ASCII, True)}
+    "minitable": Task(minitable, minitable_demo, "tableqa", ASCII, True)}
 
-def draw(name, rng, split):  # until the checksum agrees: one problem in eight is held out
+
+def generate(name, split, n, seed):
+    """Problem i is a function of name, split, seed and i."""
+    problems = []
+    task = TASKS[name]
+    other = f"s{seed}-" if seed else ""  # seed in the id: results are compared id by id
+    for i in range(n):
+        key, prompt, answer = draw(name, random.Random(f"{name}-{split}-{seed}-{i}"), split)
+        group = f"{name}-{zlib.crc32(key.encode()):08x}" if task.grouped else ""
+        problems.append(Problem(prompt, answer, task.grader, f"{name}-{split}-{other}{i}", group))
+    return problems
+
+
+def draw(name, rng, split):
+    """(key, prompt, answer) of that split: one key in eight is held out."""
     while True:
         key, prompt, answer = TASKS[name].make(rng)
         if (zlib.crc32(key.encode()) % 8 == 0) == (split == "test"):
             return key, prompt, answer
+
 
 def demos(name, n, phase="skill", seed=0):
     """n (prompt, response) pairs of the training split, for the warm start of a model built from scratch."""
     check(name, TASKS, "procedural task")
     check(phase, ("skill", "habit"), "phase")
     rng = random.Random(f"{name}-demos-{phase}-{seed}")
-    drawn = (draw(name, rng, "train") for _ in range(n))
-    return [(prompt, TASKS[name].demo(rng, prompt, answer, phase)) for _, prompt, answer in drawn]
+    pairs = []
+    for _ in range(n):
+        _, prompt, answer = draw(name, rng, "train")
+        pairs.append((prompt, TASKS[name].demo(rng, prompt, answer, phase)))
+    return pairs
 
 
-# ---- One row, one problem --------------------------------------------------------------------------------------------
-# Local files and hub datasets meet in one row format: prompt (or question, problem), answer and, where there is more to
-# say, task (default math), id, group. What the sets have of their own, an adapter brings into it.
+def load_gym(name, split, n, seed, args):
+    """Problems of a reasoning-gym dataset. Problem i comes of the random seed `first + i`."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ValueError(f"{name}: needs the package, pip install reasoning-gym") from None
+    dataset = name.removeprefix("rg:")
+    check(dataset, sorted({*reasoning_gym.factory.DATASETS} - RUNS_ANSWERS), "dataset of reasoning-gym")
+    first = 10**6 * seed + (2 * 10**9 if split == "test" else 0)
+    try:
+        entries = list(reasoning_gym.create_dataset(dataset, seed=first, size=n, **args))
+    except (TypeError, ValueError, AssertionError) as e:
+        raise ValueError(f"{name} cannot use the arguments {args}: {first_line(e)}") from None
+    problems = []
+    for i, entry in enumerate(entries):
+        answer = {"name": dataset, "config": args, "entry": json.dumps(entry, default=str)}
+        problems.append(Problem(entry["question"], answer, "rg", f"rg-{dataset}-{split}-s{seed}-{i}"))
+    return problems
 
-def present(answer):
-    if answer is None or answer != answer or answer in ([], {}) or not str(answer).strip():  # NaN is not itself
-        raise ValueError("no answer: every row needs a non-empty one")
-    return answer
 
-def gold(answer):  # a reference answer of a math problem as plain text: "$7$" -> "7", 142.0 -> "142", "025" -> "25"
-    text = re.sub(r"(?<!\\)\$", "", str(present(answer))).strip()
-    return present(re.sub(r"^(-?)0+(?=\d+$)", r"\1", re.sub(r"^(-?\d+)\.0+$", r"\1", text)))
+RUNS_ANSWERS = {*"""binary_matrix countdown intermediate_integration n_queens polynomial_multiplication
+puzzle24 simple_integration spiral_matrix string_insertion""".split()}  # as Python: their scorers are not safe
 
-def parsed(value):  # a list or object stored as text, JSON or a Python literal (HiTab has both); nothing is evaluated
-    for read in (json.loads, ast.literal_eval) if isinstance(value, str) else (lambda same: same,):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(value)
-    raise ValueError(f"cannot read {value[:40]!r} as JSON or as a Python literal")
+
+# ---- One row, one problem ------------------------------------------------------------------------
+# Files and hub datasets give rows in the columns of many projects. A dot looks into an object or a list.
+
+COLUMNS = {  # the first that a row has counts
+    "prompt": ("prompt",           # ours, verl, TRL, prime-rl, slime: a text, or chat turns
+               "question",         # GSM8K, verifiers
+               "problem",          # MATH, AIME, DeepScaleR, NuminaMath
+               "messages",         # ms-swift, TRL: chat turns
+               "input",            # OpenRLHF
+               "0.value"),         # Open-Reasoner-Zero: a list of two turns
+    "answer": ("answer",           # ours, GSM8K, verifiers
+               "reward_model.ground_truth",         # verl
+               "verification_info.ground_truth",    # prime-rl
+               "ground_truth", "expected_answer",   # PRIME, OpenMathReasoning
+               "label",            # slime, OpenRLHF
+               "solution",         # MATH, TRL, ms-swift: a worked solution or its result
+               "1.ground_truth.value")}             # Open-Reasoner-Zero
+
 
 def from_row(row, id):
     """A row as a Problem, with `id` where it has none of its own; ValueError says what is wrong with it."""
-    match row:
-        case [{"value": prompt}, {"ground_truth": {"value": answer}}]:  # Open-Reasoner-Zero's form
-            row = {"prompt": prompt, "answer": answer}
-    if not isinstance(row, dict):
+    if not isinstance(row, (dict, list)):
         raise ValueError("a row must be an object with prompt and answer, and a .json file a list of rows")
-    prompt, answer = row.get("prompt") or row.get("question") or row.get("problem"), row.get("answer")
+    task = at(row, "task") or "math"
+    check(task, READ, "task")
+    prompt = text_of(find(row, "prompt")).strip()
+    answer = READ[task](row if task == "countdown" else find(row, "answer"))
+    own, group = [str(at(row, key) or "") for key in ("id", "group")]
+    json.dumps([prompt, answer, own, group], ensure_ascii=False).encode()  # half a surrogate pair is no text
+    return Problem(prompt, answer if task == "countdown" else {"answer": answer}, task, own or id, group)
+
+
+def find(row, what):
+    """The prompt or the answer of a row."""
+    for path in COLUMNS[what]:
+        value = at(row, path)
+        if value is not None and value == value:  # NaN is not itself
+            return value
+    found = ", ".join(map(str, row)) if isinstance(row, dict) else "a list"
+    raise ValueError(f"no {what}: the columns are {found}; give one of {', '.join(COLUMNS[what])}")
+
+
+def at(row, path):
+    """at({"a": {"b": 1}}, "a.b") is 1; None where there is nothing."""
+    for key in path.split("."):
+        if isinstance(row, str) and row.startswith("{"):  # an object that was stored as text
+            row = parsed(row)
+        if isinstance(row, list):
+            row = {str(i): value for i, value in enumerate(row)}
+        if not isinstance(row, dict):
+            return None
+        row = row.get(key)
+    return row
+
+
+def text_of(prompt):
+    """A prompt as one text. Of chat turns: what the user says, after the system's words if there are any."""
+    if isinstance(prompt, list):
+        turns = [(at(turn, "role"), at(turn, "content")) for turn in prompt]
+        if turns[-1:] and turns[-1][0] == "assistant":  # the answer of a worked example
+            turns.pop()
+        if [role for role, _ in turns] not in (["user"], ["system", "user"]):
+            raise ValueError(f"no prompt: one user turn can be asked, not {[role for role, _ in turns]}")
+        prompt = "\n\n".join(str(text) for _, text in turns if text)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("no prompt: give a text in the field prompt (or question, or problem)")
-    task = row.get("task") or "math"
-    check(task, ("chainsum", "add", "math", "countdown", "tableqa", "kk", "qa"), "task")
-    if task == "countdown":
-        numbers, target, form = parsed(row.get("numbers")), parsed(row.get("target")), row.get("format") or "boxed"
-        if not isinstance(numbers, list) or not all(isinstance(x, int) for x in [*numbers, target]):
-            raise ValueError("no answer: countdown needs the fields numbers (a list) and target, all whole numbers")
-        check(form, ("boxed", "answer"), "format of countdown")
-        answer = {"numbers": numbers, "target": target, "format": form}
-    elif task in ("math", "chainsum", "add"):  # a list of golds means any of them; repeats go
-        golds = list(dict.fromkeys(map(gold, present(answer) if isinstance(answer, list) else [answer])))
-        answer = {"answer": golds if len(golds) > 1 else golds[0]}
-    else:
-        if isinstance(present(answer), str) and answer.lstrip()[0] in "[{":  # a .csv cell with a list or an object
-            answer = present(parsed(answer))
-        if task != "kk":
-            answer = [present(a) for a in answer] if isinstance(answer, list) else [answer]
-        elif not isinstance(answer, dict) or not {"knight", "knave"}.issuperset(answer.values()):
-            raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
-        answer = {"answer": answer}
-    own, group = ("" if row.get(key) is None else str(row[key]) for key in ("id", "group"))
-    return Problem(prompt.strip(), answer, task, own or id, group)
+        raise ValueError("no prompt: it must be a text or a list of chat turns")
+    return prompt
 
 
-# ---- Hub datasets: a row of SOURCES each, and an adapter from the hub's row to ours (None: left out) -----------------
+def present(answer):
+    if answer in (None, [], {}) or not str(answer).strip():
+        raise ValueError("no answer: every row needs a non-empty one")
+    return answer
 
-def boxed(solution):  # the last \boxed{...} or \fbox{...} of a worked solution, or the "\boxed 3" that MATH has too
-    rest = re.split(r"\\(?:boxed|fbox)\s*", f"$ {solution}")[-1]
+
+def golds(answer):
+    """Reference answers of a math problem: one text, or a list of which any counts."""
+    if isinstance(answer, str) and answer.startswith(("['", '["')):  # a list that was stored as text
+        answer = parsed(answer)
+    several = present(answer) if isinstance(answer, list) else [answer]
+    several = list(dict.fromkeys(map(gold, several)))
+    return several if len(several) > 1 else several[0]
+
+
+def gold(answer):
+    """As plain text: "$7$" is 7, 142.0 is 142, 025 is 25; of a worked solution what it ends with."""
+    if isinstance(answer, (dict, list)):
+        raise ValueError(f"no answer: a text or a number is needed, not {str(answer)[:40]}")
+    text = str(present(answer))
+    if re.search(r"\\f?box(ed)?\b", text):
+        text = boxed(text)
+    *work, text = re.split(r"####|[Aa]nswer is:?", text)  # GSM8K, MetaMath
+    if work:
+        text = re.sub(r",(?=\d{3}\b)", "", text.strip().rstrip("."))
+    text = re.sub(r"(?<!\\)\$", "", text).strip()
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", text)
+    return present(re.sub(r"^(-?)0+(?=\d+$)", r"\1", text))
+
+
+def boxed(solution):
+    """What the last \\boxed{...} or \\fbox{...} holds, or the "\\boxed 3" that MATH has too."""
+    rest = re.split(r"\\(?:boxed|fbox)\s*", solution)[-1]
     if not rest.startswith("{"):
         return re.split(r"[$\s]", rest)[0].rstrip(".,")
     depth = 0
@@ -271,27 +368,131 @@ def boxed(solution):  # the last \boxed{...} or \fbox{...} of a worked solution,
             return rest[1:token.start()]
     raise ValueError("unterminated \\boxed")
 
-def gsm8k(row):  # 14 of the answers have thousands separators
-    return {"prompt": row["question"], "answer": row["answer"].partition("####")[2].replace(",", "")}
 
-def dapo(row):  # the instruction that asks for an "Answer:" line contradicts templates that ask for a box
+def listed(answer):
+    """Several values, in order (tableqa) or any of them (qa); a .csv file has a list as text."""
+    if str(present(answer)).startswith("["):
+        answer = present(parsed(answer))
+    return [present(a) for a in answer] if isinstance(answer, list) else [answer]
+
+
+def roles(answer):
+    answer = parsed(present(answer))
+    if not isinstance(answer, dict) or not {"knight", "knave"}.issuperset(answer.values()):
+        raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
+    return answer
+
+
+def puzzle(row):
+    numbers, target = [parsed(at(row, key)) for key in ("numbers", "target")]
+    form = at(row, "format") or "boxed"
+    if not isinstance(numbers, list) or {type(x) for x in [*numbers, target]} != {int}:
+        raise ValueError("no answer: countdown needs numbers (a list) and target, all whole numbers")
+    check(form, ("boxed", "answer"), "format of countdown")
+    return {"numbers": numbers, "target": target, "format": form}
+
+
+# what an answer is, for each grader that a file can name
+READ = {"math": golds, "chainsum": golds, "tableqa": listed, "qa": listed, "kk": roles, "countdown": puzzle}
+
+
+def check_golds(problems, check_gold):
+    """The problems whose own answer passes check_gold(task, answer) -> None, or why it cannot be graded."""
+    good, bad = [], []
+    for p in problems:
+        why = check_gold(p.task, p.answer)
+        if why:
+            bad.append(f"{p.id}: {why}")
+        else:
+            good.append(p)
+    leave_out(bad, len(problems))
+    return good
+
+
+def leave_out(bad, total):
+    """A few bad rows of a large set are left out aloud, more would mean another schema."""
+    report = f"{len(bad)} of {total} rows cannot be used, the first is {bad[0]}" if bad else ""
+    if len(bad) > 0.01 * total:
+        raise ValueError(report)
+    if bad:
+        print(f"left out: {report}", file=sys.stderr)
+
+
+# ---- Local files ---------------------------------------------------------------------------------
+
+def load_file(path):
+    """All problems of a local file, in its order. Errors name the line, or the row where there are no lines."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    problems = {}
+    rows = Rows(path)
+    try:
+        for row in rows:
+            problem = from_row(row, f"{path.stem}-{rows.number}")
+            if problem.id in problems:  # results are stored and compared by id
+                raise ValueError(f"the id {problem.id!r} is taken already")
+            problems[problem.id] = problem
+        if not problems:
+            raise ValueError("the file holds no rows")
+    except json.JSONDecodeError as e:
+        line = rows.number + e.lineno - 1  # counted from where the text that was read begins
+        raise ValueError(f"{path} line {line}: bad JSON ({e.msg})") from None
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as e:
+        raise ValueError(f"{path} {rows.what} {rows.number}: {first_line(e)}") from None
+    return list(problems.values())
+
+
+class Rows:
+    """The rows of a file; `number` is that of the row or line at hand."""
+
+    def __init__(self, path):
+        self.path, self.what, self.number = path, "line", 1
+
+    def __iter__(self):
+        if self.path.suffix == ".parquet":
+            import pyarrow.parquet
+            self.what = "row"
+            return self.count(pyarrow.parquet.read_table(self.path).to_pylist())
+        text = self.path.read_bytes()
+        if self.path.suffix == ".json" and text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            rows = json.loads(text.decode("utf-8-sig"))
+            self.what = "row"
+            return self.count(rows)
+        lines = (line.decode("utf-8-sig") for line in self.count(text.splitlines(True)))
+        if self.path.suffix == ".csv":
+            return csv.DictReader(lines, restkey="more fields than the header", strict=True)
+        return (json.loads(line) for line in lines if line.strip())  # many a .json file holds such lines too
+
+    def count(self, things):
+        for self.number, thing in enumerate(things, 1):
+            yield thing
+
+
+# ---- Hub datasets: a row of SOURCES each, where needed with an adapter to our columns ------------
+
+def dapo(row):
+    """Without the instruction that asks for an "Answer:" line: it contradicts templates that ask for a box."""
     asks = (r"^Solve the following math problem step by step\. The last line .*? answer to the problem\.\s*"
             r"|\s*Remember to put your answer on its own line after \"Answer:\"\.?\s*$")
     return {"prompt": re.sub(asks, "", row["prompt"], flags=re.S), "answer": row["solution"]}
 
-def olympiad(row):  # final_answer holds one string, which lists all values that are asked for
-    return {"prompt": f"{row['context'] or ''}\n{row['question']}", "answer": ", ".join(row["final_answer"])}
 
-def numina(row):  # WAPO's subset: word problems and multiple choice with a plain numeric answer
-    number = re.fullmatch(r"\+?(-?(\d+(\.\d+)?|\d+/\d+))", re.sub(r"[ ,]", "", str(row["answer"])))
-    if number and row["question_type"] in ("math-word-problem", "MCQ") and (row["problem"] or "").strip():
-        return {"prompt": row["problem"], "answer": number[1]}
+def aime(row):  # one answer of aime25 is in degrees
+    return {**row, "answer": row["answer"].removesuffix(r"^\circ")}
+
+
+def olympiad(row):  # final_answer holds one text, which lists all values that are asked for
+    question = f"{row['context'] or ''}\n{row['question']}"
+    return {"prompt": question, "answer": ", ".join(row["final_answer"])}
+
 
 def countdown_row(row):  # render() puts the prompt into words
-    return {"prompt": f"{' '.join(map(str, row['nums']))} -> {row['target']} =", "task": "countdown",
+    return {"prompt": countdown_prompt(row["nums"], row["target"]), "task": "countdown",
             "numbers": row["nums"], "target": row["target"]}
 
-def hitab(row):  # merged cells are filled with their text, so that every column carries its whole header
+
+def hitab(row):
+    """Merged cells are filled with their text, so that every column carries its whole header."""
     table = parsed(row["table_content"])
     cells = [list(line) for line in table["texts"]]
     for r in table["merged_regions"]:
@@ -301,270 +502,332 @@ def hitab(row):  # merged cells are filled with their text, so that every column
     return {"prompt": f"{table['title']}\n\n{markdown(cells)}\n\n{row['question']}", "task": "tableqa",
             "answer": parsed(row["answer"]), "group": f"hitab-{row['table_id']}"}
 
-def kk_row(row):
+
+def kk(row):
     people = zip(parsed(row["names"]), parsed(row["solution"]), strict=True)
-    return {"prompt": row["quiz"], "task": "kk", "answer": {name: "knight" if r else "knave" for name, r in people}}
+    told = {name: "knight" if honest else "knave" for name, honest in people}
+    return {"prompt": row["quiz"], "task": "kk", "answer": told}
 
-def hotpotqa(row):
-    context = zip(row["context"]["title"], row["context"]["sentences"])
-    passages = [f"{title}: {''.join(sentences).strip()}" for title, sentences in context]
-    return {"prompt": "\n\n".join([*passages, row["question"]]), "task": "qa", "answer": [row["answer"]]}
 
-# revision: commit of the dataset, if one is known; part: the hub's names for the split, "split", "config/split" or, to
-# be joined, "config+config/split"; rows: how many, a range where that is known only roughly
+# part: the hub's names of a split: "split", "config/split" or, to be joined, "config+config/split";
+# rows: how many, a range where that is known only roughly; revision: a commit, where one is known
 Source = namedtuple("Source", "hub adapter revision part rows")
+
 
 def source(hub, adapter=dict, revision=None, **parts):  # dict: the row is fine as it is
     return {split: Source(hub, adapter, revision, *part) for split, part in parts.items()}
 
-MATH = "algebra+counting_and_probability+geometry+intermediate_algebra+number_theory+prealgebra+precalculus"
+
+SUBJECTS = ("algebra+counting_and_probability+geometry+intermediate_algebra+number_theory+prealgebra"
+            "+precalculus")
 PEOPLE = "2ppl+3ppl+4ppl+5ppl+6ppl+7ppl+8ppl"
-SOURCES = {  # name -> split -> where it comes from; sets for evaluation have no train split, so nobody trains on them
-    "orz57k": source("Open-Reasoner-Zero/orz_math_57k_collection", lambda r: [r["0"], r["1"]],
+SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
+    "orz57k": source("Open-Reasoner-Zero/orz_math_57k_collection",
                      train=("train", range(56_000, 58_001))),
     "dapo17k": source("open-r1/DAPO-Math-17k-Processed", dapo, train=("all/train", 17_398)),
-    "math": source("EleutherAI/hendrycks_math", lambda r: {"prompt": r["problem"], "answer": boxed(r["solution"])},
-                   train=(f"{MATH}/train", 7_500), test=(f"{MATH}/test", 5_000)),
-    "gsm8k": source("openai/gsm8k", gsm8k, "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "math": source("EleutherAI/hendrycks_math",
+                   train=(f"{SUBJECTS}/train", 7_500), test=(f"{SUBJECTS}/test", 5_000)),
+    "gsm8k": source("openai/gsm8k", dict, "e53f048856ff4f594e959d75785d2c2d37b678ee",
                     train=("main/train", 7_473), test=("main/test", 1_319)),
-    "countdown_hub": source("Jiayi-Pan/Countdown-Tasks-3to4", countdown_row, "408f70d177020686d34a56bba5952feb45aaaee4",
-                            train=("train[:327680]", 327_680), test=("train[327680:328704]", 1_024)),  # ACPO's slices
+    "countdown_hub": source("Jiayi-Pan/Countdown-Tasks-3to4", countdown_row,
+                            "408f70d177020686d34a56bba5952feb45aaaee4",  # the slices are ACPO's
+                            train=("train[:327680]", 327_680), test=("train[327680:328704]", 1_024)),
     "hitab": source("kasnerz/hitab", hitab, train=("train", 7_417), validation=("validation", 1_671),
                     test=("test", 1_584)),  # before the quality check of October 2025
-    "numina_lean": source("AI-MO/NuminaMath-LEAN", numina, train=("train", range(100_000, 110_001))),
-    "hotpotqa": source("hotpotqa/hotpot_qa", hotpotqa, train=("distractor/train", 90_447),
-                       test=("distractor/validation", 7_405)),  # the test split is hidden
-    "kk_hub": source("K-and-K/knights-and-knaves", kk_row, "2f68547989981b1af37cb3dde5fdefa847aa8619",
+    "kk_hub": source("K-and-K/knights-and-knaves", kk, "2f68547989981b1af37cb3dde5fdefa847aa8619",
                      train=(f"train/{PEOPLE}", 6_200), test=(f"test/{PEOPLE}", 700)),
-    "math500": source("HuggingFaceH4/MATH-500", dict, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", test=("test", 500)),
+    "math500": source("HuggingFaceH4/MATH-500", dict, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+                      test=("test", 500)),
     "aime24": source("HuggingFaceH4/aime_2024", test=("train", 30)),
-    "aime25": source("math-ai/aime25", lambda r: {**r, "answer": r["answer"].removesuffix(r"^\circ")},  # one has it
-                     "563bb8404243c5f09de6ec262f2db674fe5bce9b", test=("test", 30)),
+    "aime25": source("math-ai/aime25", aime, "563bb8404243c5f09de6ec262f2db674fe5bce9b",
+                     test=("test", 30)),
     "aime26": source("MathArena/aime_2026", test=("train", 30)),
-    "amc23": source("math-ai/amc23", dict, "80815d37005feb82cd7f8fbc6901d5d3eff43057", test=("test", 40)),
-    "amc83": source("AI-MO/aimo-validation-amc", dict, "69d78a4a2c840e82d69af6bc742bda09005f6316", test=("train", 83)),
+    "amc23": source("math-ai/amc23", dict, "80815d37005feb82cd7f8fbc6901d5d3eff43057",
+                    test=("test", 40)),
+    "amc83": source("AI-MO/aimo-validation-amc", dict, "69d78a4a2c840e82d69af6bc742bda09005f6316",
+                    test=("train", 83)),
     "minerva": source("lkevinzc/math-eval", test=("minerva", 272)),  # lists of answers: any of them
     "olympiadbench": source("Hothan/OlympiadBench", olympiad, "91184b52131e7fc9455fef848035173aea8cc01a",
-                            test=("OE_TO_maths_en_COMP/train", range(674, 676))),
-}
+                            test=("OE_TO_maths_en_COMP/train", range(674, 676)))}
+
 
 def load_hub(name, split, seed):
-    """All problems of a hub dataset, in an order that `seed` decides: subjects and difficulties come mixed at any n."""
+    """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed at any n."""
     hub, adapter, revision, part, count = SOURCES[name][split]
     configs, _, hub_split = part.rpartition("/")
     try:
         from datasets import concatenate_datasets, load_dataset
-        rows = concatenate_datasets([load_dataset(hub, config or None, split=hub_split, revision=revision)
-                                     for config in configs.split("+")])
-    except Exception as e:  # the hub client raises a dozen kinds; offline, not cached and no such revision look alike
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise FileNotFoundError(f"cannot load {name} ({hub}): {why}; pip install datasets and run once with network "
-                                f"access, which caches it, or pass a local {', '.join(FILES)} file instead") from e
-    problems, bad = [], []
+        rows = [load_dataset(hub, config or None, split=hub_split, revision=revision)
+                for config in configs.split("+")]
+    except (ImportError, OSError, ValueError, RuntimeError) as e:  # offline and no such revision look alike
+        raise FileNotFoundError(
+            f"cannot load {name} ({hub}): {first_line(e)}; pip install datasets and run once with network "
+            f"access, which caches it, or pass a local {', '.join(FILES)} file instead") from e
+    rows = concatenate_datasets(rows)
+    if len(rows) not in (count if isinstance(count, range) else [count]):
+        raise ValueError(f"{hub} {split} has changed ({len(rows)} rows, expected {count}); pin a revision in "
+                         "SOURCES of data.py")
+    problems = []
+    bad = []
     for i, row in enumerate(rows):
         try:
-            row = adapter(row)
-            if row is not None:
-                problems.append(replace(from_row(row, ""), id=f"{name}-{split}-{i}"))
-        except (ValueError, TypeError, LookupError, AttributeError) as e:
-            bad.append(f"row {i}: {type(e).__name__}: {e}")  # KeyError: a column that is not there
-    report = f"{len(bad)} rows cannot be used, the first is {bad[0]}" if bad else f"{len(rows)} rows, expected {count}"
-    if len(rows) not in (count if isinstance(count, range) else [count]) or len(bad) > 0.01 * len(rows):
-        raise ValueError(f"{hub} {split} has changed; pin a revision in SOURCES of data.py: {report}")
-    if bad:  # a few are the hub's fault, many would mean another schema
-        print(f"{name}: left out {report}", file=sys.stderr)
+            problems.append(replace(from_row(adapter(row), ""), id=f"{name}-{split}-{i}"))
+        except (ValueError, TypeError, LookupError, AttributeError) as e:  # KeyError: no such column
+            bad.append(f"row {i} of {hub}: {type(e).__name__}: {e}")
+    leave_out(bad, len(rows))
     if name == "dapo17k":  # the original repeats each problem about 103 times
         problems = list({p.prompt: p for p in problems}.values())
     random.Random(f"{name}-{split}-{seed}").shuffle(problems)
     return problems
 
 
-# ---- Local files -----------------------------------------------------------------------------------------------------
+# ---- Prompts -------------------------------------------------------------------------------------
 
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-def load_file(path):
-    """All problems of a local file, in its order. Ids and errors count lines of .jsonl and .csv, rows of the others."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    what, number, problems = "line" if path.suffix in (".jsonl", ".csv") else "row", 1, {}
-    def counted(items):  # `number` is that of the line or row at hand
-        nonlocal number
-        for number, item in enumerate(items, 1):
-            yield item
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-            rows = counted(pyarrow.parquet.read_table(path).to_pylist())
-        elif path.suffix == ".json":
-            rows = counted(json.loads(path.read_text(encoding="utf-8-sig")))
-        else:
-            lines = (line.decode("utf-8-sig") for line in counted(path.read_bytes().splitlines(True)))
-            rows = (csv.DictReader(lines, strict=True) if path.suffix == ".csv" else
-                    (json.loads(line) for line in lines if line.strip()))
-        for row in rows:
-            if path.suffix == ".csv" and None in row:
-                raise ValueError("more fields than the header has; quote commas")
-            p = from_row(row, f"{path.stem}-{number}")
-            if p.id in problems:  # results are stored and compared by id
-                raise ValueError(f"the id {p.id!r} is taken already")
-            problems[p.id] = p
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} line {e.lineno if what == 'row' else number}: bad JSON ({e.msg})") from None
-    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as e:
-        raise ValueError(f"{path} {what} {number}: {str(e).splitlines()[0]}") from None
-    if not problems:
-        raise ValueError(f"{path} {what} 1: the file holds no rows")
-    return list(problems.values())
-
-def load(name, split="train", n=None, seed=0):
-    """The first n problems (default: 8192 train and 1024 test of procedural tasks, else all there are). seed: another
-    draw of a procedural task, another order of a hub dataset. A file keeps its order, whatever split and seed."""
-    if n is not None and n < 1:
-        raise ValueError(f"{name}: {n} problems asked for, at least 1 is needed")
-    if Path(name).suffix in FILES:
-        return load_file(Path(name))[:n]
-    check(name, [*TASKS, *SOURCES], f"dataset (or file, {', '.join(FILES)})")
-    check(split, SOURCES.get(name, ("train", "test")), f"split of {name}")
-    if name in SOURCES:
-        return load_hub(name, split, seed)[:n]
-    problems, s, task = [], f"s{seed}-" if seed else "", TASKS[name]  # seed in the id: results are compared id by id
-    for i in range(n or (8192 if split == "train" else 1024)):
-        key, prompt, answer = draw(name, random.Random(f"{name}-{split}-{seed}-{i}"), split)
-        group = f"{name}-{zlib.crc32(key.encode()):08x}" if task.grouped else ""
-        problems.append(Problem(prompt, answer, task.grader, f"{name}-{split}-{s}{i}", group))
-    return problems
-
-def overlap(train, test, n=13):
-    """repeats: how many training prompts occur more than once; duplicates: (train id, test id) with the same words;
-    ngrams: ids of test problems that share n words in a row with some training prompt (13 as in GPT-3's report)."""
-    def grams(words):
-        return {hash(words[i:i + n]) for i in range(len(words) - n + 1)}  # hashes: 57k problems fit into memory
-    train, test = ([(tuple(re.findall(r"\w+", p.prompt.lower())), p.id) for p in side] for side in (train, test))
-    first, seen = dict(reversed(train)), set().union(*(grams(words) for words, _ in train))
-    return {"repeats": len(train) - len(first), "duplicates": [(first[w], id) for w, id in test if w in first],
-            "ngrams": [id for words, id in test if not seen.isdisjoint(grams(words))]}
-
-
-# ---- Tokenizers ------------------------------------------------------------------------------------------------------
-
-def char_tokenizer(name):
-    """A Hugging Face tokenizer with one token per character of task `name`. "$" is an ordinary one, which survives
-    decode(skip_special_tokens=True) because graders read it: eos_token stays None, the model's config has the eos id.
-    There is no unknown token: a character outside the alphabet raises ("Missing [UNK] token")."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    check(name, TASKS, "procedural task")
-    chars = dict.fromkeys(TASKS[name].chars + PAD)  # a dict drops repeats and keeps the order
-    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()  # join without spaces
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, clean_up_tokenization_spaces=False)
-
-def load_tokenizer(source):
-    """The tokenizer in checkpoint directory `source`, as its tokenizer.json says: AutoTokenizer would rebuild it after the
-    model's family, and where there is none make up an empty one."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
-        raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
-    kind = PreTrainedTokenizerFast if (source / "tokenizer.json").is_file() else AutoTokenizer
-    return kind.from_pretrained(source)
-
-def encode(problems, template, tokenizer, longest):
-    """[(Problem, prompt text, prompt ids)], or ValueError with the first prompt that is too long or that this tokenizer
-    cannot write: tokenizers without an unknown token drop characters silently, or raise without a name."""
-    texts, vocab = [render(p, template, tokenizer) for p in problems], tokenizer.get_vocab()
-    if max(map(len, vocab)) == 1:  # one of char_tokenizer
-        for p, c in ((p, c) for p, text in zip(problems, texts) for c in text if c not in vocab):
-            raise ValueError(f"the tokenizer, made for another task, cannot write {c!r} (prompt of {p.id})")
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for p, text, ids, spans in zip(problems, texts, encoded.input_ids, encoded.offset_mapping):
-        read = {at for span in spans for at in range(*span)}
-        lost = [c for at, c in enumerate(text) if at not in read and c.isprintable() and c != " "]
-        if lost:
-            raise ValueError(f"the tokenizer, made for another task, cannot write {lost[0]!r} (prompt of {p.id})")
-        if not 0 < len(ids) <= longest:
-            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed are 1 to {longest}")
-    return list(zip(problems, texts, encoded.input_ids))
-
-
-# ---- Prompt templates ------------------------------------------------------------------------------------------------
-
-# text: {question} and {how} (to answer) are replaced; None is the tokenizer's own chat template. stop: strings that end
-# a response and belong to it (graders read "</answer>"): a base model that went on would be graded on its own questions
+# {question} and {how} (to answer) are replaced; None is the tokenizer's own chat template. stop: texts that end a
+# response and belong to it (graders read "</answer>"): a base model that went on would ask itself new questions
 Template = namedtuple("Template", "text stop", defaults=((),))
-TALK = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
-        "assistant first thinks about the reasoning process in the mind and then provides the user with the answer.")
+TALK = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user "
+        "with the answer.")
 TAGS = "<think> reasoning process here </think> <answer> answer here </answer>."
-TURNS = ("User:", "Human:", "Assistant:", "</answer>")  # Open-Reasoner-Zero's stop strings
+TURNS = ("User:", "Human:", "Assistant:", "</answer>")  # Open-Reasoner-Zero's stop texts
 TEMPLATES = {
     "orz": Template(  # as in ACPO's released math run; Open-Reasoner-Zero's own wording differs a little
-        f"{TALK} The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-        f"respectively, i.e., {TAGS} \n\nUser: You must put your answer inside <answer> </answer> tags, i.e.,\n"
-        "<answer> answer here </answer>. And your final answer will be extracted automatically by the \\boxed{} tag.\n"
-        "{question}{how}\nAssistant: <think>", TURNS),
+        f"{TALK} The reasoning process and answer are enclosed within <think> </think> and <answer> "
+        f"</answer> tags, respectively, i.e., {TAGS} \n\nUser: You must put your answer inside <answer> "
+        "</answer> tags, i.e.,\n<answer> answer here </answer>. And your final answer will be extracted "
+        "automatically by the \\boxed{} tag.\n{question}{how}\nAssistant: <think>", TURNS),
     "r1": Template(  # DeepSeek-R1-Zero's, as understand-r1-zero writes it
-        TALK.replace("The user", "The User").replace("The assistant", "The Assistant").replace("the user", "the User")
-        + " The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
-        f"tags, respectively, i.e., {TAGS}\nUser: {{question}}{{how}}\nAssistant: <think>", TURNS),
+        TALK.replace("The user", "The User").replace("The assistant", "The Assistant")
+        .replace("the user", "the User") + " The reasoning process is enclosed within <think> </think> and "
+        f"answer is enclosed within <answer> </answer> tags, respectively, i.e., {TAGS}\n"
+        "User: {question}{how}\nAssistant: <think>", TURNS),
     "tinyzero": Template(  # TinyZero's for base models
         f"{TALK}\nUser: {{question}} Show your work in <think> </think> tags.{{how}}\n"
         "Assistant: Let me solve this step by step.\n<think>", TURNS),
     "qwen_math": Template(
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-        "<|im_start|>user\n{question}{how}<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>", "<|im_start|>")),
-    "chat": Template(None), "none": Template("{question}")}
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>user\n{question}{how}<|im_end|>\n<|im_start|>assistant\n",
+        ("<|im_end|>", "<|im_start|>")),
+    "chat": Template(None),
+    "plain": Template("{question}{how}\n"),
+    "none": Template("{question}")}  # the prompt as it is, for the small models of the procedural tasks
+
+
+def choose_template(name, tokenizer):
+    """What "auto" means: the chat template where there is one, else question and answer format as plain text."""
+    if name == "auto" and tokenizer.chat_template:
+        return "chat"
+    if name == "auto":
+        only_characters = max(map(len, tokenizer.get_vocab())) == 1  # one of char_tokenizer
+        return "none" if only_characters else "plain"
+    check(name, TEMPLATES, "template")
+    return name
+
 
 BOX = "\nPut your final answer within \\boxed{}."
-COUNTDOWN = ("Using the numbers {numbers}, create an equation that equals {target}. You can use basic arithmetic "
-             "operations (+, -, *, /) and each number can only be used once.")  # TinyZero's; the grader wants every one
-WORDS = {  # task -> the question for a reader who does not know our short prompts, and how the grader wants the answer
+IN_TAGS = "\nGive nothing but the answer inside <answer> </answer>"
+COUNTDOWN = ("Using the numbers {numbers}, create an equation that equals {target}. You can use basic "
+             "arithmetic operations (+, -, *, /) and each number can only be used once.")  # TinyZero's
+WORDS = {  # task -> the question for a reader who does not know our short prompts, and how to answer
     "math": ("{prompt}", BOX),
-    "add": ("What is {short}?", BOX),
     "chainsum": ("What is the sum of the digits of {short}, modulo 10?",
                  " End your reply with #, the digit and $, like this: #7$"),
-    "countdown-boxed": (COUNTDOWN, " \nAnd your final answer will be extracted automatically by the \\boxed{} tag, for "
-                        "example \\boxed{(1 + 2) / 3}."),  # ACPO's variant of TinyZero's
-    "countdown-answer": (COUNTDOWN, " And return the final answer in <answer> </answer> tags, for example <answer> "
-                         "(1 + 2) / 3 </answer>."),
-    "tableqa": ("{prompt}", "\nGive nothing but the answer inside <answer> </answer>; several values in the order "
-                "asked for, with commas between them. A value you divided out is a decimal number (0.484368), not a "
-                "percentage."),
-    "kk": ("A knight always tells the truth and a knave always lies. {prompt} Who is what?",
-           "\nGive everybody's role inside <answer> </answer>: <answer>Zoe is a knight, Max is a knave</answer>"),
-    "qa": ("{prompt}", "\nGive nothing but the answer, as short as possible, inside <answer> </answer>.")}
+    "countdown-boxed": (COUNTDOWN, " \nAnd your final answer will be extracted automatically by the "
+                        "\\boxed{} tag, for example \\boxed{(1 + 2) / 3}."),  # ACPO's variant of TinyZero's
+    "countdown-answer": (COUNTDOWN, " And return the final answer in <answer> </answer> tags, for example "
+                         "<answer> (1 + 2) / 3 </answer>."),
+    "tableqa": ("{prompt}", IN_TAGS + "; several values in the order asked for, with commas between them. A "
+                "value you divided out is a decimal number (0.484368), not a percentage."),
+    "kk": ("{prompt}", "\nGive everybody's role inside <answer> </answer>: "
+           "<answer>Zoe is a knight, Max is a knave</answer>"),
+    "qa": ("{prompt}", "\nGive nothing but the answer, as short as possible, inside <answer> </answer>."),
+    "rg": ("{prompt}", IN_TAGS + ".")}
 
-def render(problem, template, tokenizer=None):
-    """The prompt text that is fed to the tokenizer, with add_special_tokens=False: a BOS is already in the text.
-    "none" is the prompt as it is. The others put short prompts into words and say what the grader reads."""
+
+def encode(problems, template, tokenizer, longest, template_args={}):
+    """[Question], or ValueError with the first prompt that has more than `longest` tokens or that the tokenizer
+    cannot write: tokenizers without an unknown token drop characters silently.
+
+    template_args: variables of a chat template, such as {"enable_thinking": False}; date: the day it is told."""
+    texts = render(problems, template, tokenizer, template_args)
+    for p, text in zip(problems, texts):
+        if len(text) > MAX_CHARS:  # 50 MB abort a tokenizer's process
+            raise ValueError(f"the prompt of {p.id} has {len(text)} characters, allowed are {MAX_CHARS}")
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    for p, text, ids in zip(problems, texts, encoded):
+        lost = unwritten(text, ids, tokenizer)
+        if lost:
+            raise ValueError(f"the tokenizer, made for another task, cannot write {lost!r} (prompt of {p.id})")
+        if not 0 < len(ids) <= longest:
+            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed are 1 to {longest}")
+    return [Question(*three) for three in zip(problems, texts, encoded)]
+
+
+MAX_CHARS = 10**6
+
+
+def unwritten(text, ids, tokenizer):
+    """The first character that is not read back from the tokens, "" if all are."""
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer:  # NFC, say, joins e and an accent: nothing is lost
+        text = normalizer.normalize_str(text)
+        back = normalizer.normalize_str(back)
+    text, back = ["".join(c for c in t if c.isprintable() and c not in " \u2581") for t in (text, back)]
+    pairs = zip_longest(text, back, fillvalue="")  # without spaces: tokenizers write them in their own way
+    return next((a for a, b in pairs if a != b), "")
+
+
+def render(problems, template, tokenizer, template_args={}):
+    """The texts that the tokenizer gets with add_special_tokens=False: a BOS is already in them."""
     check(template, TEMPLATES, "template")
-    text, prompt, task = TEMPLATES[template].text, problem.prompt, problem.task
+    text = TEMPLATES[template].text
     if template == "none":
-        return prompt
-    question, how = WORDS[f"countdown-{problem.answer['format']}" if task == "countdown" else task]
-    question = question.format(prompt=prompt, short=prompt.rstrip("="), **problem.answer)
-    if task == "kk" and "always" in prompt:  # the hub's puzzles bring the rules along
-        question = prompt
+        return [p.prompt for p in problems]
+    asked = [words(p, text or "") for p in problems]
     if text is None:
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("template chat needs a tokenizer with a chat template; else orz, r1, tinyzero, qwen_math")
-        turn = [{"role": "user", "content": question + how}]
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    if how == BOX and "\\boxed{}" in text:  # the template says it itself
+        conversations = [[{"role": "user", "content": question + how}] for question, how in asked]
+        return chat(conversations, tokenizer, template_args)
+    bos = tokenizer.bos_token or ""
+    return [bos + text.replace("{how}", how).replace("{question}", question) for question, how in asked]
+
+
+def words(problem, text):
+    """(question, how to answer) for a reader who has not seen the task before."""
+    task = problem.task
+    question, how = WORDS[f"countdown-{problem.answer['format']}" if task == "countdown" else task]
+    question = question.format(prompt=problem.prompt, short=problem.prompt.rstrip("="), **problem.answer)
+    if how == BOX and "\\boxed{}" in text + problem.prompt:  # the template or the data set says it itself
         how = ""
-    return (getattr(tokenizer, "bos_token", None) or "") + text.replace("{how}", how).replace("{question}", question)
+    return question, how
+
+
+DATE = "2024-07-26"  # what a template that asks for today's date is told: prompts do not change at midnight
+
+
+def chat(conversations, tokenizer, template_args={}, ask=True):
+    """The text of each conversation (a list of turns) by the tokenizer's chat template; `ask`: and the assistant
+    is to speak. A template is a program that came with a model: it may raise anything, or never end."""
+    if not tokenizer.chat_template:
+        raise ValueError("template chat needs a tokenizer with a chat template; else orz, r1, qwen_math, plain")
+    from jinja2 import TemplateError
+    variables = {"date": DATE} | template_args
+    variables["strftime_now"] = datetime.fromisoformat(variables.pop("date")).strftime
+    texts = []
+
+    def work():
+        try:
+            for turns in conversations:
+                texts.append(tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=ask, **variables))
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
+                SyntaxError, TypeError, ValueError) as e:
+            texts.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)  # so that one can stop waiting for it
+    thread.start()
+    thread.join(CHAT_SECONDS + len(conversations) / 100)
+    if thread.is_alive():
+        raise ValueError(f"the chat template takes longer than {CHAT_SECONDS} s")
+    if isinstance(texts[-1], BaseException):
+        raise ValueError(f"the chat template fails: {type(texts[-1]).__name__}: {first_line(texts[-1])}")
+    return texts
+
+
+CHAT_SECONDS = 10
+
+
+# ---- Tokenizers ----------------------------------------------------------------------------------
+
+def char_tokenizer(name):
+    """A Hugging Face tokenizer with one token per character of task `name`. "$" is an ordinary one, because
+    graders read it: eos_token stays None, the model's config has the eos id."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    check(name, TASKS, "procedural task")
+    chars = dict.fromkeys(TASKS[name].chars + PAD)  # a dict drops repeats and keeps the order
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(chars)}, merges=[]))
+    core.decoder = decoders.Fuse()  # join without spaces
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(source):
+    """The tokenizer in checkpoint directory `source`, as its tokenizer.json says: AutoTokenizer would rebuild it
+    after the model's family, and where there is none make up an empty one."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    source = Path(source)
+    if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
+        raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
+    kind = PreTrainedTokenizerFast if (source / "tokenizer.json").is_file() else AutoTokenizer
+    tokenizer = kind.from_pretrained(source)
+    tokenizer.clean_up_tokenization_spaces = False  # Llama 3's file asks for it: "3 . 5" would be read as 3.5
+    return tokenizer
+
+
+def end_ids(tokenizer, model_eos_ids, vocab_size):
+    """The ids that end a response: the model's, the tokenizer's eos, and the special token with which the chat
+    template closes a turn of the assistant, which many a config.json forgets."""
+    ids = [*model_eos_ids, tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "LAST WORDS"}]
+        with suppress(ValueError):  # not every template can show an answer
+            _, said, after = chat([turns], tokenizer, ask=False)[0].rpartition("LAST WORDS")
+            closing = tokenizer(after if said else "", add_special_tokens=False).input_ids
+            ids += [i for i in closing if is_special(i, tokenizer)][:1]
+    return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < vocab_size]
+
+
+def is_special(id, tokenizer):
+    return tokenizer.decode([id], skip_special_tokens=True) == ""
+
+
+def response_text(tokens, tokenizer, end_ids):
+    """A response as graders and people read it: without the special token that ended it and padding, but with all
+    others. The tags that graders look for are special tokens of some tokenizers."""
+    tokens = list(tokens)
+    dropped = {tokenizer.pad_token_id, *end_ids}
+    while tokens and tokens[-1] in dropped and is_special(tokens[-1], tokenizer):
+        tokens.pop()
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# ---- Plumbing ------------------------------------------------------------------------------------
+
+def arguments(pairs):
+    """["size=4", "enable_thinking=false"] as {"size": 4, "enable_thinking": False}."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair}: write name=value")
+        found[name] = value
+        with suppress(ValueError):  # what is no number, true or false stays a text
+            found[name] = json.loads(value.lower())
+    return found
+
+
+def parsed(value):
+    """A list or object stored as text, JSON or a Python literal (HiTab has both); nothing is evaluated."""
+    if not isinstance(value, str):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(value)
+    raise ValueError(f"cannot read {value[:40]!r} as JSON or as a Python literal")
+
+
+def check(name, known, what):
+    """Refuses a name that is not known, with the closest ones, or all of them when none is close."""
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else f"valid: {', '.join(known)}"
+        raise ValueError(f"unknown {what} {name!r}; {hint}")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:]
-    try:
-        if len(names) == 2:
-            print(json.dumps(overlap(load(names[0]), load(names[1], "test")), indent=1))
-        elif len(names) == 1:
-            print(*load(names[0], next(iter(SOURCES.get(names[0], ["train"]))), 3), sep="\n\n")
-            for phase in ("skill", "habit") if names[0] in TASKS else ():
-                print(f"\n{phase} demonstrations:", *(a + b for a, b in demos(names[0], 3, phase)), sep="\n")
-        else:
-            sys.exit(__doc__)
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"data.py: {e}")
+    print(*load(sys.argv[1], n=3), *demos(sys.argv[1], 3), *demos(sys.argv[1], 3, "habit"), sep="\n")
