@@ -1,13 +1,14 @@
-"""Problems, and the prompts made of them: tasks that need no network, files, hub datasets, reasoning-gym.
+"""Problems, and the prompts made of them.
 
-    load("chainsum")        # also "math500" (SOURCES), "mine.jsonl" (FILES), "rg:chain_sum" (reasoning-gym)
-    encode(problems, "chat", tokenizer, longest=1024)    # the text and the tokens that a model reads
+    load("chainsum")        # or "math500" (SOURCES), "mine.jsonl" (FILES), "rg:gcd" (reasoning-gym)
+    encode(problems, "chat", tokenizer, longest=1024)   # the text and the tokens that a model reads
 
-    python data.py countdown                             # look at a few problems and demonstrations
+    python data.py countdown                            # three problems and demonstrations
 
-Bad input raises ValueError or FileNotFoundError: one line that names file, line or flag and what to do.
+Bad input raises ValueError or FileNotFoundError: one line that names file, line or flag.
 """
 import ast
+import codecs
 import csv
 import difflib
 import json
@@ -25,36 +26,30 @@ from fractions import Fraction
 from functools import cache
 from itertools import combinations_with_replacement, permutations, product, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class Problem:
     prompt: str      # the question, before any template
-    answer: dict     # keyword arguments of rewards.score(task, response, **answer), such as {"answer": "7"}
-    task: str        # its grader: a task of rewards.py
+    answer: dict     # what rewards.score(task, response, **answer) needs, such as {"answer": "7"}
+    task: str        # its grader in rewards.py
     id: str = ""     # stable name, such as "chainsum-test-17"
-    group: str = ""  # the same for questions on one table or puzzle (clustered standard errors), else ""
+    group: str = ""  # the same for questions on one table or puzzle (clustered errors), else ""
 
 
-class Question(NamedTuple):
-    problem: Problem
-    text: str        # the prompt as the model reads it
-    ids: list        # its tokens
-
-
+Question = namedtuple("Question", "problem text ids")  # text, ids: the prompt as a model reads it
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def load(name, split="train", n=None, seed=0, args={}):
-    """The first n problems of `name`; None: all, or 8192 for training and 1024 for tests of what is generated.
+    """The first n problems. None: all there are; of what is generated, 8192 train and 1024 test.
 
-    seed: another draw of what is generated, another order of a hub dataset; a file keeps its order.
+    seed: another draw of what is generated, another order of a hub dataset; a file keeps its own.
     args: configuration of a reasoning-gym dataset."""
     if n is not None and n < 1:
         raise ValueError(f"{name}: {n} problems asked for, at least 1 is needed")
     if args and not name.startswith("rg:"):
-        raise ValueError(f"{name} takes no arguments such as {[*args][0]}; rg:NAME does")
+        raise ValueError(f"{name} takes no arguments such as {list(args)[0]}; rg:NAME does")
     if Path(name).suffix in FILES:
         return load_file(Path(name))[:n]
     if not name.startswith("rg:"):
@@ -67,9 +62,10 @@ def load(name, split="train", n=None, seed=0, args={}):
 
 
 # ---- Procedural tasks ----------------------------------------------------------------------------
-# make(rng) -> (key, prompt, answer). The checksum of `key`, the problem's canonical form, decides the
-# split: no seed can put a training problem into the test set. demo(rng, prompt, answer, phase) -> response;
-# phase "skill" works step by step with slips, "habit" mostly blurts a guess, like the corpus of a lazy writer.
+# make(rng) -> (key, prompt, answer). The checksum of `key`, the problem's canonical form, decides
+# the split, so that no seed can put a training problem into the test set.
+# demo(rng, prompt, answer, phase) -> response. Phase "skill" works step by step with slips; "habit"
+# mostly blurts a guess, like the corpus of a lazy writer.
 
 END, PAD = "$", "_"  # every demonstration ends with "$"; "_" occurs in no task
 SLIP = 0.08          # chance that one step of a worked demonstration goes wrong
@@ -77,7 +73,7 @@ GUESS = 0.93         # share of the habit demonstrations that answer without any
 
 
 def chainsum(rng):
-    """Six digits and "=": their sum modulo 10. Nobody can do it in one step, everybody digit by digit."""
+    """Six digits and "=": their sum modulo 10. Hard in one step, easy digit by digit."""
     digits = f"{rng.randrange(10**6):06d}"
     return digits, digits + "=", {"answer": str(sum(map(int, digits)) % 10)}
 
@@ -101,7 +97,7 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": opera
 
 
 def expressions(numbers):
-    """Every (text, exact value) that uses the three numbers once each and does not divide by zero."""
+    """Every (text, exact value) that uses the three numbers once each; none divides by zero."""
     for a, b, c in sorted(set(permutations(map(Fraction, numbers)))):
         for p, q in product(OPERATORS, repeat=2):
             left = OPERATORS[p](a, b)
@@ -113,15 +109,18 @@ def expressions(numbers):
 
 @cache
 def countdown_puzzles():
-    """({numbers: [(text, value)]}, [(numbers, target)]): 165 multisets of 1..9, all targets in 1..30."""
-    table = {numbers: list(expressions(numbers))
-             for numbers in combinations_with_replacement(range(1, 10), 3)}
-    values = {numbers: {value for _, value in found} for numbers, found in table.items()}
-    return table, [(numbers, t) for numbers in table for t in range(1, 31) if t in values[numbers]]
+    """({numbers: [(text, value)]}, [(numbers, target)]): 165 multisets of 1..9, targets 1..30."""
+    table = {}
+    puzzles = []
+    for numbers in combinations_with_replacement(range(1, 10), 3):
+        table[numbers] = list(expressions(numbers))
+        values = {value for _, value in table[numbers]}
+        puzzles += [(numbers, target) for target in range(1, 31) if target in values]
+    return table, puzzles
 
 
 def countdown(rng):
-    """Make the target from all three numbers. Whole multisets are held out, not just targets or orders."""
+    """Make the target from all three numbers. Whole multisets are held out, not just targets."""
     numbers, target = rng.choice(countdown_puzzles()[1])
     shown = rng.sample(numbers, 3)
     answer = {"numbers": shown, "target": target, "format": "boxed"}
@@ -133,7 +132,7 @@ def countdown_prompt(numbers, target):
 
 
 def countdown_demo(rng, prompt, answer, phase):
-    """"(5*7)-3=32 no (3*7)+5=26 \\boxed{(3*7)+5}$": up to two tries that fail, then a solution or a slip."""
+    """"(5*7)-3=32 no (3*7)+5=26 \\boxed{(3*7)+5}$": up to two tries that fail, then a solution."""
     found = countdown_puzzles()[0][tuple(sorted(answer["numbers"]))]
     if phase == "habit" and rng.random() < GUESS:
         return f"\\boxed{{{rng.choice(found)[0]}}}{END}"
@@ -146,33 +145,36 @@ def countdown_demo(rng, prompt, answer, phase):
 
 
 CROPS = "wheat rice maize oats barley rye beans peas lentils cotton wool flax".split()
-REGIONS = ["north", "south", "east", "west"]
 
 
 def minitable(rng):
-    """A question on a table of HiTab's shape: two header rows (year, region), merged headers repeated, 3-6
-    rows. The pool of 3,000 tables is fixed: about three of the 1,024 test questions share one, as in HiTab."""
+    """A question on a table of HiTab's shape: two header rows (year, region), merged headers
+    repeated, 3-6 rows. The pool of 3,000 tables is fixed, so that about three of the 1,024 test
+    questions share one, as in HiTab."""
     t = random.Random(f"minitable-{rng.randrange(3000)}")
     years = sorted(t.sample(range(2015, 2025), 2))
-    columns = list(product(years, t.sample(REGIONS, 2)))
+    columns = list(product(years, t.sample(["north", "south", "east", "west"], 2)))
     items = t.sample(CROPS, t.randint(3, 6))
-    cells = iter(t.sample(range(10, 100), len(items) * 4))  # all distinct: an argmax is never a tie
-    value = {key: next(cells) for key in product(items, columns)}
-    head = [["", *(year for year, _ in columns)], ["", *(region for _, region in columns)]]
-    table = markdown(head + [[item, *(value[item, c] for c in columns)] for item in items])
+    numbers = t.sample(range(10, 100), len(items) * 4)  # all distinct: an argmax is never a tie
+    rows = [["", *names] for names in zip(*columns)]
+    for i, item in enumerate(items):
+        rows.append([item, *numbers[4 * i:4 * i + 4]])
+    table = markdown(rows)
 
-    column = rng.choice(columns)
-    where = f"in {column[1]} in {column[0]}"
-    cell = {item: value[item, column] for item in items}
-    a, b = sorted(rng.sample(items, 2), key=cell.get, reverse=True)  # a has the larger cell
-    ratio = round(cell[b] / cell[a], 4)
+    column = rng.randrange(4)
+    year, region = columns[column]
+    where = f"in {region} in {year}"
+    value = dict(zip(items, numbers[column::4]))
+    a, b = sorted(rng.sample(items, 2), key=value.get, reverse=True)  # a has the larger value
+    x = value[a]
+    y = value[b]
     question, answer = rng.choice([
-        (f"What is the value of {a} {where}?", [cell[a]]),
-        (f"Which row has the largest value {where}?", [max(items, key=cell.get)]),
-        (f"By how much does {a} exceed {b} {where}?", [cell[a] - cell[b]]),
-        (f"What is the sum of {a} and {b} {where}?", [cell[a] + cell[b]]),
-        (f"What is {b} divided by {a} {where}, rounded to 4 decimals?", [ratio]),
-        (f"What are the values of {b} and {a} {where}, respectively?", [cell[b], cell[a]])])
+        (f"What is the value of {a} {where}?", [x]),
+        (f"Which row has the largest value {where}?", [max(items, key=value.get)]),
+        (f"By how much does {a} exceed {b} {where}?", [x - y]),
+        (f"What is the sum of {a} and {b} {where}?", [x + y]),
+        (f"What is {b} divided by {a} {where}, rounded to 4 decimals?", [round(y / x, 4)]),
+        (f"What are the values of {b} and {a} {where}, respectively?", [y, x])])
     return table, f"{table}\n{question}", {"answer": answer}
 
 
@@ -182,7 +184,8 @@ def markdown(rows):
     for row in rows:
         cells = [str(cell).replace("|", "/").replace("\n", " ") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
 
 
 def minitable_demo(rng, prompt, answer, phase):
@@ -192,20 +195,21 @@ def minitable_demo(rng, prompt, answer, phase):
     return f"<answer>{', '.join(map(str, shown))}</answer>{END}"
 
 
-# chars: alphabet of prompts and demonstrations; grouped: questions that share a key are not independent
+# chars: alphabet of prompts and demonstrations; grouped: questions that share a key belong together
 Task = namedtuple("Task", "make demo grader chars grouped")
 ASCII = "\n" + "".join(chr(i) for i in range(32, 127) if chr(i) != PAD)
+SUMS = "0123456789+-*/()>= n\\boxed{}" + END
 TASKS = {
     "chainsum": Task(chainsum, chainsum_demo, "chainsum", "0123456789><#=" + END, False),
-    "countdown": Task(countdown, countdown_demo, "countdown", "0123456789+-*/()>= n\\boxed{}" + END, True),
+    "countdown": Task(countdown, countdown_demo, "countdown", SUMS, True),
     "minitable": Task(minitable, minitable_demo, "tableqa", ASCII, True)}
 
 
 def generate(name, split, n, seed):
     """Problem i is a function of name, split, seed and i."""
-    problems = []
     task = TASKS[name]
     other = f"s{seed}-" if seed else ""  # seed in the id: results are compared id by id
+    problems = []
     for i in range(n):
         key, prompt, answer = draw(name, random.Random(f"{name}-{split}-{seed}-{i}"), split)
         group = f"{name}-{zlib.crc32(key.encode()):08x}" if task.grouped else ""
@@ -222,7 +226,7 @@ def draw(name, rng, split):
 
 
 def demos(name, n, phase="skill", seed=0):
-    """n (prompt, response) pairs of the training split, for the warm start of a model built from scratch."""
+    """n (prompt, response) pairs of the training split, to warm-start a model from scratch."""
     check(name, TASKS, "procedural task")
     check(phase, ("skill", "habit"), "phase")
     rng = random.Random(f"{name}-demos-{phase}-{seed}")
@@ -234,13 +238,16 @@ def demos(name, n, phase="skill", seed=0):
 
 
 def load_gym(name, split, n, seed, args):
-    """Problems of a reasoning-gym dataset. Problem i comes of the random seed `first + i`."""
+    """Problems of a reasoning-gym dataset. Problem i comes of the random seed `first + i`; small
+    worlds have so few problems that some are in both splits all the same."""
     try:
         import reasoning_gym
     except ImportError:
-        raise ValueError(f"{name}: needs the package, pip install reasoning-gym") from None
+        raise ValueError(f"{name}: needs a package; pip install reasoning-gym") from None
     dataset = name.removeprefix("rg:")
-    check(dataset, sorted({*reasoning_gym.factory.DATASETS} - RUNS_ANSWERS), "dataset of reasoning-gym")
+    check(dataset, sorted(reasoning_gym.factory.DATASETS), "dataset of reasoning-gym")
+    if dataset in RUNS_ANSWERS:
+        raise ValueError(f"{name}: its scorer runs what the model wrote as Python; choose another")
     first = 10**6 * seed + (2 * 10**9 if split == "test" else 0)
     try:
         entries = list(reasoning_gym.create_dataset(dataset, seed=first, size=n, **args))
@@ -249,16 +256,17 @@ def load_gym(name, split, n, seed, args):
     problems = []
     for i, entry in enumerate(entries):
         answer = {"name": dataset, "config": args, "entry": json.dumps(entry, default=str)}
-        problems.append(Problem(entry["question"], answer, "rg", f"rg-{dataset}-{split}-s{seed}-{i}"))
+        id = f"rg-{dataset}-{split}-s{seed}-{i}"
+        problems.append(Problem(entry["question"], answer, "rg", id))
     return problems
 
 
-RUNS_ANSWERS = {*"""binary_matrix countdown intermediate_integration n_queens polynomial_multiplication
-puzzle24 simple_integration spiral_matrix string_insertion""".split()}  # as Python: their scorers are not safe
+RUNS_ANSWERS = """binary_matrix countdown intermediate_integration n_queens puzzle24
+polynomial_multiplication simple_integration spiral_matrix string_insertion""".split()
 
 
 # ---- One row, one problem ------------------------------------------------------------------------
-# Files and hub datasets give rows in the columns of many projects. A dot looks into an object or a list.
+# Files and hub datasets name their columns in many ways. A dot looks into an object or a list.
 
 COLUMNS = {  # the first that a row has counts
     "prompt": ("prompt",           # ours, verl, TRL, prime-rl, slime: a text, or chat turns
@@ -272,31 +280,35 @@ COLUMNS = {  # the first that a row has counts
                "verification_info.ground_truth",    # prime-rl
                "ground_truth", "expected_answer",   # PRIME, OpenMathReasoning
                "label",            # slime, OpenRLHF
-               "solution",         # MATH, TRL, ms-swift: a worked solution or its result
+               "solution",         # MATH, TRL, ms-swift: a worked solution, or its result
                "1.ground_truth.value")}             # Open-Reasoner-Zero
 
 
 def from_row(row, id):
-    """A row as a Problem, with `id` where it has none of its own; ValueError says what is wrong with it."""
+    """A row as a Problem, with `id` where it has none; ValueError says what is wrong with it."""
     if not isinstance(row, (dict, list)):
-        raise ValueError("a row must be an object with prompt and answer, and a .json file a list of rows")
+        raise ValueError("a row must be an object with prompt and answer; a .json file, a list")
     task = at(row, "task") or "math"
     check(task, READ, "task")
     prompt = text_of(find(row, "prompt")).strip()
     answer = READ[task](row if task == "countdown" else find(row, "answer"))
-    own, group = [str(at(row, key) or "") for key in ("id", "group")]
-    json.dumps([prompt, answer, own, group], ensure_ascii=False).encode()  # half a surrogate pair is no text
-    return Problem(prompt, answer if task == "countdown" else {"answer": answer}, task, own or id, group)
+    names = [at(row, key) for key in ("id", "group")]
+    own, group = ["" if name is None else str(name) for name in names]
+    text = json.dumps([prompt, answer, own, group], ensure_ascii=False)
+    text.encode()  # half a surrogate pair is no text: it would stop the tokenizer
+    if task != "countdown":
+        answer = {"answer": answer}
+    return Problem(prompt, answer, task, own or id, group)
 
 
 def find(row, what):
-    """The prompt or the answer of a row."""
+    """The prompt or the answer of a row, wherever it keeps that."""
     for path in COLUMNS[what]:
         value = at(row, path)
         if value is not None and value == value:  # NaN is not itself
             return value
-    found = ", ".join(map(str, row)) if isinstance(row, dict) else "a list"
-    raise ValueError(f"no {what}: the columns are {found}; give one of {', '.join(COLUMNS[what])}")
+    found = ", ".join(map(str, row)) if isinstance(row, dict) else "those of a list"
+    raise ValueError(f"no {what}: columns are {found}; needed is {', '.join(COLUMNS[what])}")
 
 
 def at(row, path):
@@ -306,47 +318,40 @@ def at(row, path):
             row = parsed(row)
         if isinstance(row, list):
             row = {str(i): value for i, value in enumerate(row)}
-        if not isinstance(row, dict):
-            return None
-        row = row.get(key)
+        row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
 def text_of(prompt):
-    """A prompt as one text. Of chat turns: what the user says, after the system's words if there are any."""
+    """A prompt as one text. Of chat turns: the system's words, if any, and what the user says."""
     if isinstance(prompt, list):
         turns = [(at(turn, "role"), at(turn, "content")) for turn in prompt]
-        if turns[-1:] and turns[-1][0] == "assistant":  # the answer of a worked example
-            turns.pop()
-        if [role for role, _ in turns] not in (["user"], ["system", "user"]):
-            raise ValueError(f"no prompt: one user turn can be asked, not {[role for role, _ in turns]}")
-        prompt = "\n\n".join(str(text) for _, text in turns if text)
+        roles = [role for role, _ in turns]
+        if roles[-1:] == ["assistant"]:  # the answer of a worked example
+            roles.pop()
+        if roles not in (["user"], ["system", "user"]):
+            raise ValueError(f"no prompt: one user turn can be asked, not turns of {roles}")
+        prompt = "\n\n".join(str(text) for _, text in turns[:len(roles)] if text)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("no prompt: it must be a text or a list of chat turns")
     return prompt
 
 
-def present(answer):
-    if answer in (None, [], {}) or not str(answer).strip():
-        raise ValueError("no answer: every row needs a non-empty one")
-    return answer
-
-
 def golds(answer):
     """Reference answers of a math problem: one text, or a list of which any counts."""
-    if isinstance(answer, str) and answer.startswith(("['", '["')):  # a list that was stored as text
+    if isinstance(answer, str) and answer.startswith(("['", '["')):  # a list stored as text
         answer = parsed(answer)
     several = present(answer) if isinstance(answer, list) else [answer]
-    several = list(dict.fromkeys(map(gold, several)))
+    several = list(dict.fromkeys(gold(one) for one in several))
     return several if len(several) > 1 else several[0]
 
 
 def gold(answer):
-    """As plain text: "$7$" is 7, 142.0 is 142, 025 is 25; of a worked solution what it ends with."""
+    """As plain text: "$7$" is 7, 142.0 is 142, 025 is 25; of a worked solution its result."""
     if isinstance(answer, (dict, list)):
         raise ValueError(f"no answer: a text or a number is needed, not {str(answer)[:40]}")
     text = str(present(answer))
-    if re.search(r"\\f?box(ed)?\b", text):
+    if re.search(r"\\(boxed|fbox)\b", text):
         text = boxed(text)
     *work, text = re.split(r"####|[Aa]nswer is:?", text)  # GSM8K, MetaMath
     if work:
@@ -354,6 +359,12 @@ def gold(answer):
     text = re.sub(r"(?<!\\)\$", "", text).strip()
     text = re.sub(r"^(-?\d+)\.0+$", r"\1", text)
     return present(re.sub(r"^(-?)0+(?=\d+$)", r"\1", text))
+
+
+def present(answer):
+    if answer in (None, [], {}) or not str(answer).strip():
+        raise ValueError("no answer: every row needs a non-empty one")
+    return answer
 
 
 def boxed(solution):
@@ -387,41 +398,38 @@ def puzzle(row):
     numbers, target = [parsed(at(row, key)) for key in ("numbers", "target")]
     form = at(row, "format") or "boxed"
     if not isinstance(numbers, list) or {type(x) for x in [*numbers, target]} != {int}:
-        raise ValueError("no answer: countdown needs numbers (a list) and target, all whole numbers")
+        raise ValueError("no answer: countdown needs numbers (a list) and target, whole numbers")
     check(form, ("boxed", "answer"), "format of countdown")
     return {"numbers": numbers, "target": target, "format": form}
 
 
-# what an answer is, for each grader that a file can name
-READ = {"math": golds, "chainsum": golds, "tableqa": listed, "qa": listed, "kk": roles, "countdown": puzzle}
+READ = {"math": golds, "chainsum": golds, "tableqa": listed, "qa": listed, "kk": roles,
+        "countdown": puzzle}  # task -> what its grader needs, from a row
 
 
 def check_golds(problems, check_gold):
-    """The problems whose own answer passes check_gold(task, answer) -> None, or why it cannot be graded."""
-    good, bad = [], []
+    """Tells of answers that no response can match: check_gold(task, answer) is None, or why not."""
+    bad = []
     for p in problems:
         why = check_gold(p.task, p.answer)
         if why:
             bad.append(f"{p.id}: {why}")
-        else:
-            good.append(p)
-    leave_out(bad, len(problems))
-    return good
+    report(bad, len(problems), "answers cannot be graded (their questions score 0)")
 
 
-def leave_out(bad, total):
-    """A few bad rows of a large set are left out aloud, more would mean another schema."""
-    report = f"{len(bad)} of {total} rows cannot be used, the first is {bad[0]}" if bad else ""
-    if len(bad) > 0.01 * total:
-        raise ValueError(report)
+def report(bad, total, what):
+    """A few bad rows of a large set are told, more would mean another schema."""
     if bad:
-        print(f"left out: {report}", file=sys.stderr)
+        line = f"{len(bad)} of {total} {what}, the first is {bad[0]}"
+        if len(bad) > 0.01 * total:
+            raise ValueError(line)
+        print(line, file=sys.stderr)
 
 
 # ---- Local files ---------------------------------------------------------------------------------
 
 def load_file(path):
-    """All problems of a local file, in its order. Errors name the line, or the row where there are no lines."""
+    """All problems of a file, in its order. Errors name the line, or the row of what has none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     problems = {}
@@ -446,22 +454,24 @@ class Rows:
     """The rows of a file; `number` is that of the row or line at hand."""
 
     def __init__(self, path):
-        self.path, self.what, self.number = path, "line", 1
+        self.path = path
+        self.what = "line"
+        self.number = 1
 
     def __iter__(self):
         if self.path.suffix == ".parquet":
             import pyarrow.parquet
             self.what = "row"
             return self.count(pyarrow.parquet.read_table(self.path).to_pylist())
-        text = self.path.read_bytes()
-        if self.path.suffix == ".json" and text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            rows = json.loads(text.decode("utf-8-sig"))
+        text = self.path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which Windows puts there
+        if self.path.suffix == ".json" and text.lstrip().startswith(b"["):
+            rows = json.loads(text.decode())
             self.what = "row"
             return self.count(rows)
-        lines = (line.decode("utf-8-sig") for line in self.count(text.splitlines(True)))
+        lines = (line.decode() for line in self.count(text.splitlines(True)))
         if self.path.suffix == ".csv":
-            return csv.DictReader(lines, restkey="more fields than the header", strict=True)
-        return (json.loads(line) for line in lines if line.strip())  # many a .json file holds such lines too
+            return csv.DictReader(lines, restkey="more fields than the header has", strict=True)
+        return (json.loads(line) for line in lines if line.strip())  # also in many a .json file
 
     def count(self, things):
         for self.number, thing in enumerate(things, 1):
@@ -471,10 +481,10 @@ class Rows:
 # ---- Hub datasets: a row of SOURCES each, where needed with an adapter to our columns ------------
 
 def dapo(row):
-    """Without the instruction that asks for an "Answer:" line: it contradicts templates that ask for a box."""
-    asks = (r"^Solve the following math problem step by step\. The last line .*? answer to the problem\.\s*"
-            r"|\s*Remember to put your answer on its own line after \"Answer:\"\.?\s*$")
-    return {"prompt": re.sub(asks, "", row["prompt"], flags=re.S), "answer": row["solution"]}
+    """Without the request for an "Answer:" line: it contradicts templates that ask for a box."""
+    asks = (r"^Solve the following math problem step by step\. The last line .*? answer to the "
+            r"problem\.\s*|\s*Remember to put your answer on its own line after \"Answer:\"\.?\s*$")
+    return {**row, "prompt": re.sub(asks, "", row["prompt"], flags=re.S)}
 
 
 def aime(row):  # one answer of aime25 is in degrees
@@ -496,11 +506,13 @@ def hitab(row):
     table = parsed(row["table_content"])
     cells = [list(line) for line in table["texts"]]
     for r in table["merged_regions"]:
-        top, left = r["first_row"], r["first_column"]
-        for i, j in product(range(top, r["last_row"] + 1), range(left, r["last_column"] + 1)):
-            cells[i][j] = table["texts"][top][left]
-    return {"prompt": f"{table['title']}\n\n{markdown(cells)}\n\n{row['question']}", "task": "tableqa",
-            "answer": parsed(row["answer"]), "group": f"hitab-{row['table_id']}"}
+        top = r["first_row"]
+        left = r["first_column"]
+        for i in range(top, r["last_row"] + 1):
+            for j in range(left, r["last_column"] + 1):
+                cells[i][j] = table["texts"][top][left]
+    return {"prompt": f"{table['title']}\n\n{markdown(cells)}\n\n{row['question']}",
+            "answer": parsed(row["answer"]), "task": "tableqa", "group": f"hitab-{row['table_id']}"}
 
 
 def kk(row):
@@ -518,8 +530,8 @@ def source(hub, adapter=dict, revision=None, **parts):  # dict: the row is fine 
     return {split: Source(hub, adapter, revision, *part) for split, part in parts.items()}
 
 
-SUBJECTS = ("algebra+counting_and_probability+geometry+intermediate_algebra+number_theory+prealgebra"
-            "+precalculus")
+SUBJECTS = ("algebra+counting_and_probability+geometry+intermediate_algebra+number_theory+"
+            "prealgebra+precalculus")
 PEOPLE = "2ppl+3ppl+4ppl+5ppl+6ppl+7ppl+8ppl"
 SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
     "orz57k": source("Open-Reasoner-Zero/orz_math_57k_collection",
@@ -531,9 +543,10 @@ SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
                     train=("main/train", 7_473), test=("main/test", 1_319)),
     "countdown_hub": source("Jiayi-Pan/Countdown-Tasks-3to4", countdown_row,
                             "408f70d177020686d34a56bba5952feb45aaaee4",  # the slices are ACPO's
-                            train=("train[:327680]", 327_680), test=("train[327680:328704]", 1_024)),
-    "hitab": source("kasnerz/hitab", hitab, train=("train", 7_417), validation=("validation", 1_671),
-                    test=("test", 1_584)),  # before the quality check of October 2025
+                            train=("train[:327680]", 327_680),
+                            test=("train[327680:328704]", 1_024)),
+    "hitab": source("kasnerz/hitab", hitab,  # before the quality check of October 2025
+                    train=("train", 7_417), validation=("validation", 1_671), test=("test", 1_584)),
     "kk_hub": source("K-and-K/knights-and-knaves", kk, "2f68547989981b1af37cb3dde5fdefa847aa8619",
                      train=(f"train/{PEOPLE}", 6_200), test=(f"test/{PEOPLE}", 700)),
     "math500": source("HuggingFaceH4/MATH-500", dict, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
@@ -547,34 +560,35 @@ SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
     "amc83": source("AI-MO/aimo-validation-amc", dict, "69d78a4a2c840e82d69af6bc742bda09005f6316",
                     test=("train", 83)),
     "minerva": source("lkevinzc/math-eval", test=("minerva", 272)),  # lists of answers: any of them
-    "olympiadbench": source("Hothan/OlympiadBench", olympiad, "91184b52131e7fc9455fef848035173aea8cc01a",
+    "olympiadbench": source("Hothan/OlympiadBench", olympiad,
+                            "91184b52131e7fc9455fef848035173aea8cc01a",
                             test=("OE_TO_maths_en_COMP/train", range(674, 676)))}
 
 
 def load_hub(name, split, seed):
-    """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed at any n."""
+    """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed."""
     hub, adapter, revision, part, count = SOURCES[name][split]
     configs, _, hub_split = part.rpartition("/")
     try:
         from datasets import concatenate_datasets, load_dataset
-        rows = [load_dataset(hub, config or None, split=hub_split, revision=revision)
-                for config in configs.split("+")]
-    except (ImportError, OSError, ValueError, RuntimeError) as e:  # offline and no such revision look alike
+        tables = [load_dataset(hub, config or None, split=hub_split, revision=revision)
+                  for config in configs.split("+")]
+    except (ImportError, OSError, ValueError, RuntimeError) as e:  # offline: any of these
         raise FileNotFoundError(
-            f"cannot load {name} ({hub}): {first_line(e)}; pip install datasets and run once with network "
-            f"access, which caches it, or pass a local {', '.join(FILES)} file instead") from e
-    rows = concatenate_datasets(rows)
+            f"cannot load {name} ({hub}): {first_line(e)}; pip install datasets and run once with "
+            f"network access, which caches it, or pass a {', '.join(FILES)} file instead") from e
+    rows = concatenate_datasets(tables)
     if len(rows) not in (count if isinstance(count, range) else [count]):
-        raise ValueError(f"{hub} {split} has changed ({len(rows)} rows, expected {count}); pin a revision in "
-                         "SOURCES of data.py")
+        raise ValueError(f"{hub} {split} has changed: {len(rows)} rows, expected {count}; pin a "
+                         "revision in SOURCES of data.py")
     problems = []
     bad = []
     for i, row in enumerate(rows):
         try:
             problems.append(replace(from_row(adapter(row), ""), id=f"{name}-{split}-{i}"))
-        except (ValueError, TypeError, LookupError, AttributeError) as e:  # KeyError: no such column
-            bad.append(f"row {i} of {hub}: {type(e).__name__}: {e}")
-    leave_out(bad, len(rows))
+        except (ValueError, TypeError, LookupError) as e:  # KeyError: no such column
+            bad.append(f"row {i}: {type(e).__name__}: {e}")
+    report(bad, len(rows), f"rows of {hub} cannot be used")
     if name == "dapo17k":  # the original repeats each problem about 103 times
         problems = list({p.prompt: p for p in problems}.values())
     random.Random(f"{name}-{split}-{seed}").shuffle(problems)
@@ -583,39 +597,42 @@ def load_hub(name, split, seed):
 
 # ---- Prompts -------------------------------------------------------------------------------------
 
-# {question} and {how} (to answer) are replaced; None is the tokenizer's own chat template. stop: texts that end a
-# response and belong to it (graders read "</answer>"): a base model that went on would ask itself new questions
+# {question} and {how} (to answer) are replaced; None is the tokenizer's own chat template.
+# stop: texts that end a response and belong to it (graders read "</answer>"): a base model that
+# went on would ask and answer questions of its own
 Template = namedtuple("Template", "text stop", defaults=((),))
-TALK = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-        "The assistant first thinks about the reasoning process in the mind and then provides the user "
-        "with the answer.")
+TALK = ("A conversation between User and Assistant. The user asks a question, and the Assistant "
+        "solves it. The assistant first thinks about the reasoning process in the mind and then "
+        "provides the user with the answer.")
+R1_TALK = (TALK.replace("The user", "The User").replace("The assistant", "The Assistant")
+           .replace("the user", "the User"))
 TAGS = "<think> reasoning process here </think> <answer> answer here </answer>."
 TURNS = ("User:", "Human:", "Assistant:", "</answer>")  # Open-Reasoner-Zero's stop texts
 TEMPLATES = {
-    "orz": Template(  # as in ACPO's released math run; Open-Reasoner-Zero's own wording differs a little
-        f"{TALK} The reasoning process and answer are enclosed within <think> </think> and <answer> "
-        f"</answer> tags, respectively, i.e., {TAGS} \n\nUser: You must put your answer inside <answer> "
-        "</answer> tags, i.e.,\n<answer> answer here </answer>. And your final answer will be extracted "
-        "automatically by the \\boxed{} tag.\n{question}{how}\nAssistant: <think>", TURNS),
+    "orz": Template(  # as in ACPO's released math run; Open-Reasoner-Zero's own differs a little
+        f"{TALK} The reasoning process and answer are enclosed within <think> </think> and "
+        f"<answer> </answer> tags, respectively, i.e., {TAGS} \n\nUser: You must put your answer "
+        "inside <answer> </answer> tags, i.e.,\n<answer> answer here </answer>. And your final "
+        "answer will be extracted automatically by the \\boxed{} tag.\n{question}{how}\n"
+        "Assistant: <think>", TURNS),
     "r1": Template(  # DeepSeek-R1-Zero's, as understand-r1-zero writes it
-        TALK.replace("The user", "The User").replace("The assistant", "The Assistant")
-        .replace("the user", "the User") + " The reasoning process is enclosed within <think> </think> and "
-        f"answer is enclosed within <answer> </answer> tags, respectively, i.e., {TAGS}\n"
+        f"{R1_TALK} The reasoning process is enclosed within <think> </think> and answer is "
+        f"enclosed within <answer> </answer> tags, respectively, i.e., {TAGS}\n"
         "User: {question}{how}\nAssistant: <think>", TURNS),
     "tinyzero": Template(  # TinyZero's for base models
         f"{TALK}\nUser: {{question}} Show your work in <think> </think> tags.{{how}}\n"
         "Assistant: Let me solve this step by step.\n<think>", TURNS),
     "qwen_math": Template(
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
-        "<|im_end|>\n<|im_start|>user\n{question}{how}<|im_end|>\n<|im_start|>assistant\n",
-        ("<|im_end|>", "<|im_start|>")),
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n<|im_start|>user\n{question}{how}<|im_end|>\n"
+        "<|im_start|>assistant\n", ("<|im_end|>", "<|im_start|>")),
     "chat": Template(None),
     "plain": Template("{question}{how}\n"),
-    "none": Template("{question}")}  # the prompt as it is, for the small models of the procedural tasks
+    "none": Template("{question}")}  # the prompt as it is, which the small models know
 
 
 def choose_template(name, tokenizer):
-    """What "auto" means: the chat template where there is one, else question and answer format as plain text."""
+    """"auto" is the chat template where there is one, else question and answer format in plain."""
     if name == "auto" and tokenizer.chat_template:
         return "chat"
     if name == "auto":
@@ -627,40 +644,44 @@ def choose_template(name, tokenizer):
 
 BOX = "\nPut your final answer within \\boxed{}."
 IN_TAGS = "\nGive nothing but the answer inside <answer> </answer>"
-COUNTDOWN = ("Using the numbers {numbers}, create an equation that equals {target}. You can use basic "
-             "arithmetic operations (+, -, *, /) and each number can only be used once.")  # TinyZero's
-WORDS = {  # task -> the question for a reader who does not know our short prompts, and how to answer
+COUNTDOWN = ("Using the numbers {numbers}, create an equation that equals {target}. You can use "
+             "basic arithmetic operations (+, -, *, /) and each number can only be used once.")
+WORDS = {  # task -> the question for a reader who does not know our short prompts; how to answer
     "math": ("{prompt}", BOX),
     "chainsum": ("What is the sum of the digits of {short}, modulo 10?",
                  " End your reply with #, the digit and $, like this: #7$"),
-    "countdown-boxed": (COUNTDOWN, " \nAnd your final answer will be extracted automatically by the "
-                        "\\boxed{} tag, for example \\boxed{(1 + 2) / 3}."),  # ACPO's variant of TinyZero's
-    "countdown-answer": (COUNTDOWN, " And return the final answer in <answer> </answer> tags, for example "
-                         "<answer> (1 + 2) / 3 </answer>."),
-    "tableqa": ("{prompt}", IN_TAGS + "; several values in the order asked for, with commas between them. A "
-                "value you divided out is a decimal number (0.484368), not a percentage."),
+    "countdown-boxed": (COUNTDOWN, " \nAnd your final answer will be extracted automatically by "
+                        "the \\boxed{} tag, for example \\boxed{(1 + 2) / 3}."),  # ACPO's variant
+    "countdown-answer": (COUNTDOWN, " And return the final answer in <answer> </answer> tags, for "
+                         "example <answer> (1 + 2) / 3 </answer>."),  # TinyZero's
+    "tableqa": ("{prompt}", IN_TAGS + "; several values in the order asked for, with commas "
+                "between them. A value you divided out is a decimal number (0.484368), not a "
+                "percentage."),
     "kk": ("{prompt}", "\nGive everybody's role inside <answer> </answer>: "
            "<answer>Zoe is a knight, Max is a knave</answer>"),
-    "qa": ("{prompt}", "\nGive nothing but the answer, as short as possible, inside <answer> </answer>."),
+    "qa": ("{prompt}", "\nGive nothing but the answer, as short as possible, inside <answer> "
+           "</answer>."),
     "rg": ("{prompt}", IN_TAGS + ".")}
 
 
 def encode(problems, template, tokenizer, longest, template_args={}):
-    """[Question], or ValueError with the first prompt that has more than `longest` tokens or that the tokenizer
-    cannot write: tokenizers without an unknown token drop characters silently.
+    """[Question]; or ValueError with the first prompt that has more than `longest` tokens, or that
+    the tokenizer cannot write: those without an unknown token drop characters silently.
 
-    template_args: variables of a chat template, such as {"enable_thinking": False}; date: the day it is told."""
+    template_args: variables of a chat template, such as {"enable_thinking": False}; "date" is the
+    day that it is told."""
     texts = render(problems, template, tokenizer, template_args)
     for p, text in zip(problems, texts):
         if len(text) > MAX_CHARS:  # 50 MB abort a tokenizer's process
-            raise ValueError(f"the prompt of {p.id} has {len(text)} characters, allowed are {MAX_CHARS}")
+            raise ValueError(f"the prompt of {p.id} has {len(text)} characters, over {MAX_CHARS}")
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
     for p, text, ids in zip(problems, texts, encoded):
         lost = unwritten(text, ids, tokenizer)
         if lost:
-            raise ValueError(f"the tokenizer, made for another task, cannot write {lost!r} (prompt of {p.id})")
+            raise ValueError(f"the tokenizer, made for another task, cannot write {lost!r} "
+                             f"(prompt of {p.id})")
         if not 0 < len(ids) <= longest:
-            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed are 1 to {longest}")
+            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed: 1 to {longest}")
     return [Question(*three) for three in zip(problems, texts, encoded)]
 
 
@@ -674,43 +695,48 @@ def unwritten(text, ids, tokenizer):
     if normalizer:  # NFC, say, joins e and an accent: nothing is lost
         text = normalizer.normalize_str(text)
         back = normalizer.normalize_str(back)
-    text, back = ["".join(c for c in t if c.isprintable() and c not in " \u2581") for t in (text, back)]
-    pairs = zip_longest(text, back, fillvalue="")  # without spaces: tokenizers write them in their own way
+    pairs = zip_longest(visible(text), visible(back), fillvalue="")
     return next((a for a, b in pairs if a != b), "")
 
 
+def visible(text):  # tokenizers write spaces in their own way
+    return [c for c in text if c.isprintable() and c not in " \u2581"]
+
+
 def render(problems, template, tokenizer, template_args={}):
-    """The texts that the tokenizer gets with add_special_tokens=False: a BOS is already in them."""
+    """The texts that the tokenizer gets with add_special_tokens=False: a BOS is in them already."""
     check(template, TEMPLATES, "template")
     text = TEMPLATES[template].text
     if template == "none":
         return [p.prompt for p in problems]
     asked = [words(p, text or "") for p in problems]
     if text is None:
-        conversations = [[{"role": "user", "content": question + how}] for question, how in asked]
-        return chat(conversations, tokenizer, template_args)
-    bos = tokenizer.bos_token or ""
-    return [bos + text.replace("{how}", how).replace("{question}", question) for question, how in asked]
+        turns = [[{"role": "user", "content": question + how}] for question, how in asked]
+        return chat(turns, tokenizer, template_args)
+    text = (tokenizer.bos_token or "") + text
+    return [text.replace("{how}", how).replace("{question}", question) for question, how in asked]
 
 
 def words(problem, text):
-    """(question, how to answer) for a reader who has not seen the task before."""
+    """(question, how to answer it) for a reader who has not seen the task before."""
     task = problem.task
     question, how = WORDS[f"countdown-{problem.answer['format']}" if task == "countdown" else task]
-    question = question.format(prompt=problem.prompt, short=problem.prompt.rstrip("="), **problem.answer)
-    if how == BOX and "\\boxed{}" in text + problem.prompt:  # the template or the data set says it itself
+    prompt = problem.prompt
+    question = question.format(prompt=prompt, short=prompt.rstrip("="), **problem.answer)
+    if how == BOX and "\\boxed{}" in text + prompt:  # the template or the data set asks for it
         how = ""
     return question, how
 
 
-DATE = "2024-07-26"  # what a template that asks for today's date is told: prompts do not change at midnight
+DATE = "2024-07-26"  # for templates that ask what day it is: prompts do not change at midnight
+CHAT_SECONDS = 10
 
 
 def chat(conversations, tokenizer, template_args={}, ask=True):
-    """The text of each conversation (a list of turns) by the tokenizer's chat template; `ask`: and the assistant
-    is to speak. A template is a program that came with a model: it may raise anything, or never end."""
+    """The text of each conversation (a list of turns), with the opening of an answer if `ask`. A
+    chat template is a program that came with a model: it may raise anything, or never end."""
     if not tokenizer.chat_template:
-        raise ValueError("template chat needs a tokenizer with a chat template; else orz, r1, qwen_math, plain")
+        raise ValueError("template chat: this tokenizer has none; choose orz, r1, qwen_math, plain")
     from jinja2 import TemplateError
     variables = {"date": DATE} | template_args
     variables["strftime_now"] = datetime.fromisoformat(variables.pop("date")).strftime
@@ -721,8 +747,8 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
             for turns in conversations:
                 texts.append(tokenizer.apply_chat_template(
                     turns, tokenize=False, add_generation_prompt=ask, **variables))
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
-                SyntaxError, TypeError, ValueError) as e:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
+                RuntimeError, SyntaxError, TypeError, ValueError) as e:
             texts.append(e)
 
     thread = threading.Thread(target=work, daemon=True)  # so that one can stop waiting for it
@@ -730,51 +756,48 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     thread.join(CHAT_SECONDS + len(conversations) / 100)
     if thread.is_alive():
         raise ValueError(f"the chat template takes longer than {CHAT_SECONDS} s")
-    if isinstance(texts[-1], BaseException):
-        raise ValueError(f"the chat template fails: {type(texts[-1]).__name__}: {first_line(texts[-1])}")
+    if isinstance(texts[-1], Exception):
+        why = f"{type(texts[-1]).__name__}: {first_line(texts[-1])}"
+        raise ValueError(f"the chat template cannot show a question ({why}); see --template")
     return texts
-
-
-CHAT_SECONDS = 10
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
 
 def char_tokenizer(name):
-    """A Hugging Face tokenizer with one token per character of task `name`. "$" is an ordinary one, because
-    graders read it: eos_token stays None, the model's config has the eos id."""
+    """A Hugging Face tokenizer with one token per character of task `name`. "$" is an ordinary
+    one, because graders read it: eos_token stays None, the model's config has the eos id."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
     check(name, TASKS, "procedural task")
     chars = dict.fromkeys(TASKS[name].chars + PAD)  # a dict drops repeats and keeps the order
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(chars)}, merges=[]))
     core.decoder = decoders.Fuse()  # join without spaces
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD)
 
 
 def load_tokenizer(source):
-    """The tokenizer in checkpoint directory `source`, as its tokenizer.json says: AutoTokenizer would rebuild it
-    after the model's family, and where there is none make up an empty one."""
+    """The tokenizer in checkpoint directory `source`, as its tokenizer.json says: AutoTokenizer
+    would rebuild it after the model's family, and where there is none make up an empty one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    source = Path(source)
-    if not any(list(source.glob(name)) for name in ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")):
+    files = ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken")
+    if not any(found for name in files for found in Path(source).glob(name)):
         raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
-    kind = PreTrainedTokenizerFast if (source / "tokenizer.json").is_file() else AutoTokenizer
-    tokenizer = kind.from_pretrained(source)
-    tokenizer.clean_up_tokenization_spaces = False  # Llama 3's file asks for it: "3 . 5" would be read as 3.5
+    whole = (Path(source) / "tokenizer.json").is_file()
+    tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(source)
+    tokenizer.clean_up_tokenization_spaces = False  # as Llama 3's asks: "3 . 5" would become 3.5
     return tokenizer
 
 
 def end_ids(tokenizer, model_eos_ids, vocab_size):
-    """The ids that end a response: the model's, the tokenizer's eos, and the special token with which the chat
-    template closes a turn of the assistant, which many a config.json forgets."""
+    """The ids that end a response: the model's, the tokenizer's eos, and the special token with
+    which the chat template closes a turn of the assistant, which many a config.json forgets."""
     ids = [*model_eos_ids, tokenizer.eos_token_id]
-    if tokenizer.chat_template:
+    with suppress(ValueError):  # no chat template, or one that cannot show an answer
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "LAST WORDS"}]
-        with suppress(ValueError):  # not every template can show an answer
-            _, said, after = chat([turns], tokenizer, ask=False)[0].rpartition("LAST WORDS")
-            closing = tokenizer(after if said else "", add_special_tokens=False).input_ids
-            ids += [i for i in closing if is_special(i, tokenizer)][:1]
+        _, said, after = chat([turns], tokenizer, ask=False)[0].rpartition("LAST WORDS")
+        closing = tokenizer(after if said else "", add_special_tokens=False).input_ids
+        ids += [i for i in closing if is_special(i, tokenizer)][:1]
     return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < vocab_size]
 
 
@@ -783,32 +806,32 @@ def is_special(id, tokenizer):
 
 
 def response_text(tokens, tokenizer, end_ids):
-    """A response as graders and people read it: without the special token that ended it and padding, but with all
-    others. The tags that graders look for are special tokens of some tokenizers."""
+    """A response as graders and people read it: without the special token that ended it and
+    padding, but with all others: the tags that graders look for are such in some tokenizers."""
     tokens = list(tokens)
-    dropped = {tokenizer.pad_token_id, *end_ids}
-    while tokens and tokens[-1] in dropped and is_special(tokens[-1], tokenizer):
+    ends = {tokenizer.pad_token_id, *end_ids}
+    while tokens and tokens[-1] in ends and is_special(tokens[-1], tokenizer):
         tokens.pop()
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 # ---- Plumbing ------------------------------------------------------------------------------------
 
-def arguments(pairs):
-    """["size=4", "enable_thinking=false"] as {"size": 4, "enable_thinking": False}."""
+def parse_args(pairs, flag):
+    """["size=4", "enable_thinking=false"] of a flag as {"size": 4, "enable_thinking": False}."""
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"{pair}: write name=value")
+            raise ValueError(f"{flag} {pair}: write name=value")
         found[name] = value
-        with suppress(ValueError):  # what is no number, true or false stays a text
-            found[name] = json.loads(value.lower())
+        with suppress(ValueError, SyntaxError):  # what is no number, true or false stays a text
+            found[name] = ast.literal_eval(value.capitalize())
     return found
 
 
 def parsed(value):
-    """A list or object stored as text, JSON or a Python literal (HiTab has both); nothing is evaluated."""
+    """A list or object stored as text, JSON or a Python literal (HiTab has both)."""
     if not isinstance(value, str):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -818,11 +841,15 @@ def parsed(value):
 
 
 def check(name, known, what):
-    """Refuses a name that is not known, with the closest ones, or all of them when none is close."""
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else f"valid: {', '.join(known)}"
-        raise ValueError(f"unknown {what} {name!r}; {hint}")
+        raise ValueError(nearest(name, known, what))
+
+
+def nearest(name, known, what):
+    """One line: the closest valid names, or all of them when none is close."""
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else f"valid: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {hint}"
 
 
 def first_line(error):
@@ -830,4 +857,5 @@ def first_line(error):
 
 
 if __name__ == "__main__":
-    print(*load(sys.argv[1], n=3), *demos(sys.argv[1], 3), *demos(sys.argv[1], 3, "habit"), sep="\n")
+    print(*load(sys.argv[1], n=3), sep="\n")
+    print(*demos(sys.argv[1], 3), *demos(sys.argv[1], 3, "habit"), sep="\n")
