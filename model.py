@@ -12,7 +12,7 @@ Who looks at whom is decided by a function attend(layer, q, k, v) that is passed
 sampler and eval run the same blocks and differ in that function alone.
 Parameters have Hugging Face's names, so that checkpoints need no table of renames.
 """
-import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -41,7 +40,7 @@ try:
 except ImportError:  # torch 2.9
     varlen_attn = None
 
-# Sums of bfloat16 products stay float32 also where a matmul is split: sampler and trainer differ less.
+# sums of bfloat16 products stay float32 where a matmul is split: sampler and trainer part less
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
@@ -52,7 +51,7 @@ KINDS = ("qwen2", "qwen3", "llama", "mistral", "smollm3")
 
 @dataclass
 class Config:
-    """The numbers that the forward pass reads. `raw` is the whole config.json, to be written back."""
+    """The numbers that the forward pass reads. `raw` is the whole config.json, as it came."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -66,7 +65,7 @@ class Config:
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
-    rotary: list[bool]  # of each layer; SmolLM3 leaves some without positions
+    rotary: list  # of each layer, whether it knows positions: SmolLM3 leaves some without
     rope: dict
     raw: dict
 
@@ -76,34 +75,45 @@ class Config:
         (rope_parameters). ValueError names what this forward pass would compute wrongly."""
         kind = raw.get("model_type")
         refuse_unknown(raw, kind)
-        heads = whole(raw, "num_attention_heads")
-        hidden = whole(raw, "hidden_size")
-        layers = whole(raw, "num_hidden_layers", most=2**10)
+        hidden = number(raw, "hidden_size")
+        heads = number(raw, "num_attention_heads")
+        layers = number(raw, "num_hidden_layers", most=2**10)
         bias = bool(raw.get("attention_bias"))
-        context = whole(raw, "max_position_embeddings", 2048, most=2**31)
+        rotary = [True] * layers
+        if kind == "smollm3":
+            rotary = raw.get("no_rope_layers") or [(i + 1) % 4 for i in range(layers)]
+            if not isinstance(rotary, list) or len(rotary) < layers:
+                raise ValueError(f"no_rope_layers = {rotary!r:.60} is no list of all layers")
         config = Config(
-            vocab_size=whole(raw, "vocab_size", most=2**24),
+            vocab_size=number(raw, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=whole(raw, "intermediate_size"),
+            intermediate_size=number(raw, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=whole(raw, "num_key_value_heads", heads),
-            head_dim=whole(raw, "head_dim", hidden // heads),
-            max_position_embeddings=context,
-            rms_norm_eps=real(raw, "rms_norm_eps", 1e-6),
+            num_key_value_heads=number(raw, "num_key_value_heads", heads),
+            head_dim=number(raw, "head_dim", hidden // heads),
+            max_position_embeddings=number(raw, "max_position_embeddings", 2048),
+            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6, float),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", kind == "smollm3")),
             qkv_bias=bias or kind == "qwen2",
             o_bias=bias and kind != "qwen2",
             qk_norm=kind == "qwen3",
-            rotary=rotary_layers(raw, kind, layers),
-            rope=read_rope(raw, context),
+            rotary=rotary,
+            rope=read_rope(raw),
             raw=raw,
         )
-        if heads % config.num_key_value_heads:
-            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
-        if config.head_dim % 2:
-            raise ValueError(f"head_dim = {config.head_dim} is odd; rotary embeddings need pairs")
+        if heads % config.num_key_value_heads or config.head_dim % 2:
+            raise ValueError(f"{heads} attention heads of size {config.head_dim}: heads must come "
+                             f"in {config.num_key_value_heads} groups, their sizes be even")
         return config
+
+
+def number(raw, key, default=None, kind=int, most=2**20):
+    """raw[key], above 0 and at most `most`; `default` where it is missing or null."""
+    x = default if raw.get(key) is None else raw[key]
+    if type(x) not in (int, kind) or not 0 < x <= most:
+        raise ValueError(f"{key} = {x!r:.60} is no {kind.__name__} above 0, at most {most}")
+    return kind(x)
 
 
 def refuse_unknown(raw, kind):
@@ -116,64 +126,35 @@ def refuse_unknown(raw, kind):
         wrong.append("hidden_act")
     if "sliding" in str(raw.get("layer_types")):
         wrong.append("layer_types")
-    windowed = kind == "mistral" or raw.get("use_sliding_window")
-    if windowed and raw.get("sliding_window") is not None:
-        window = whole(raw, "sliding_window", most=2**31)
-        if window < whole(raw, "max_position_embeddings", 2048, most=2**31):
+    window = raw.get("sliding_window")
+    if window is not None and (kind == "mistral" or raw.get("use_sliding_window")):
+        if number(raw, "sliding_window") < number(raw, "max_position_embeddings", 2048):
             wrong.append("sliding_window")
     for key in wrong:
         raise ValueError(f"{key} = {raw.get(key)!r:.60} is not supported (model.py knows dense "
-                         f"{', '.join(KINDS)} without sliding windows)")
+                         f"{', '.join(KINDS)}, without sliding windows)")
 
 
-def whole(raw, key, default=None, most=2**20):
-    """raw[key], a whole number from 1 to `most`; `default` where it is missing or null."""
-    n = default if raw.get(key) is None else raw[key]
-    if type(n) is not int or not 1 <= n <= most:
-        raise ValueError(f"{key} = {n!r:.60} is not a whole number from 1 to {most}")
-    return n
-
-
-def real(raw, key, default=None):
-    """raw[key], a finite number above 0; `default` where it is missing or null."""
-    x = default if raw.get(key) is None else raw[key]
-    if type(x) not in (int, float) or not 0 < x < 1e30:
-        raise ValueError(f"{key} = {x!r:.60} is not a number above 0")
-    return float(x)
-
-
-def rotary_layers(raw, kind, layers):
-    """Which layers rotate queries and keys: all, but SmolLM3 leaves out every fourth."""
-    if kind != "smollm3":
-        return [True] * layers
-    interval = whole(raw, "no_rope_layer_interval", 4)
-    found = raw.get("no_rope_layers")  # 1: rotates
-    if found is None:
-        found = [(i + 1) % interval for i in range(layers)]
-    if not isinstance(found, list) or len(found) < layers:
-        raise ValueError(f"no_rope_layers = {found!r:.60} is not a list with one number a layer")
-    return [bool(x) for x in found[:layers]]
-
-
-def read_rope(raw, context) -> dict:
-    """Type, theta and, for llama3, the four numbers of its scaling."""
-    theta = 2e6 if raw["model_type"] == "smollm3" else 1e4
-    rope = {"rope_theta": raw.get("rope_theta")}
+def read_rope(raw) -> dict:
+    """rope_type, rope_theta and what llama3's scaling needs."""
+    rope = dict(raw)  # published ones have rope_theta at the top
     for key in ("rope_scaling", "rope_parameters"):
-        found = raw.get(key) or {}
-        if not isinstance(found, dict):
-            raise ValueError(f"{key} = {found!r:.60} is not an object")
-        rope.update(found)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    result = {"rope_type": kind, "rope_theta": real(rope, "rope_theta", theta)}
-    if kind == "llama3":
-        for key in ("factor", "low_freq_factor", "high_freq_factor"):
-            result[key] = real(rope, key)
-        key = "original_max_position_embeddings"
-        result[key] = real(rope, key, context)
-    elif kind != "default":
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"{key} = {raw[key]!r:.60} is no object")
+        rope.update(raw.get(key) or {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "llama3"):
         raise ValueError(f"rope type {kind!r:.60} is not supported (default and llama3 are)")
-    return result
+    usual = 2e6 if raw["model_type"] == "smollm3" else 1e4
+    found = {"rope_type": kind, "rope_theta": number(rope, "rope_theta", usual, float, 1e12)}
+    if kind == "llama3":
+        context = number(raw, "max_position_embeddings", 2048)
+        found["context"] = number(rope, "original_max_position_embeddings", context)
+        for key in ("factor", "low_freq_factor", "high_freq_factor"):
+            found[key] = number(rope, key, kind=float)
+        if found["low_freq_factor"] >= found["high_freq_factor"]:
+            raise ValueError("rope: low_freq_factor must be below high_freq_factor")
+    return found
 
 
 def inverse_frequencies(c: Config) -> Tensor:
@@ -184,7 +165,7 @@ def inverse_frequencies(c: Config) -> Tensor:
     freq = 1.0 / rope["rope_theta"] ** powers
     if rope["rope_type"] == "default":
         return freq
-    turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+    turns = rope["context"] * freq / (2 * math.pi)  # in the context that it was trained on
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: left alone, 0: stretched by `factor`
     return keep * freq + (1 - keep) * freq / rope["factor"]
@@ -205,7 +186,7 @@ def pack(sequences, prompt_lens, device):
     for tokens, n in zip(sequences, prompt_lens):
         prefix = tuple(tokens[:n - 1])
         if prefix not in places:
-            places[prefix] = list(range(len(ids), len(ids) + len(prefix)))
+            places[prefix] = range(len(ids), len(ids) + len(prefix))
             ids += prefix
             targets += [-1] * len(prefix)
         start = len(ids)
@@ -219,64 +200,60 @@ def pack(sequences, prompt_lens, device):
 
 def causal(rows, device, dtype=torch.float32):
     """(positions (N,), attend) for sequences whose tokens stand at the places `rows` of the flat
-    list: each token sees those before it in its row. Attention runs over the rows end to end
-    (padded on the right for SDPA), at the places `seen`; `back` finds each token's result."""
+    list: each token sees those before it in its row. Attention runs over the rows end to end: over
+    the tokens at `seen`, and `back` says where each token's result is."""
     kernel = attention_kernel(torch.device(device), dtype)
-    lengths = np.array([len(row) for row in rows])
-    longest = int(lengths.max())
-    places = np.concatenate([np.array(row, dtype=np.int64) for row in rows])
-    N = int(places.max()) + 1
-    inside = np.arange(longest) < lengths[:, None]  # (B,T)
-    seen = places
-    index = np.arange(len(places))
-    if kernel == "sdpa":
-        index = inside.ravel().nonzero()[0]
-        seen = np.zeros(inside.size, dtype=np.int64)  # where it is padded, any token will do:
-        seen[index] = places  # nobody looks there, the mask is causal
-    back = np.empty(N, dtype=np.int64)
-    back[places] = index
-    positions = np.empty(N, dtype=np.int64)
-    positions[places] = inside.nonzero()[1]
-    borders = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
-    attend = Causal(kernel, len(rows), longest, torch.from_numpy(borders).to(device))
-    if not np.array_equal(seen, np.arange(N)):  # something is shared or padded
-        attend.seen = torch.from_numpy(seen).to(device)
-        attend.back = torch.from_numpy(back).to(device)
-    return torch.from_numpy(positions).to(device), attend
+    N = 1 + max(place for row in rows for place in row)
+    longest = max(len(row) for row in rows)
+    positions = [0] * N
+    back = [0] * N
+    seen = []
+    borders = [0]
+    for row in rows:
+        for t, place in enumerate(row):
+            positions[place] = t
+            back[place] = len(seen) + t
+        seen += row
+        if kernel == "sdpa":  # wants one length: any token will do for padding, on the right
+            seen += [0] * (longest - len(row))  # nobody looks there, as the mask is causal
+        borders.append(len(seen))
+    attend = Causal(kernel, len(rows), longest,
+                    torch.tensor(borders, dtype=torch.int32, device=device))
+    if seen != list(range(N)):  # something is shared or padded
+        attend.seen = torch.tensor(seen, device=device)
+        attend.back = torch.tensor(back, device=device)
+    return torch.tensor(positions, device=device), attend
 
 
+@dataclass
 class Causal:
-    """attend() of causal(): q (N,H,h), k and v (N,Hkv,h) -> (N,H,h). A class whose fields are
-    tensors and numbers, so that torch.compile does not compile again for every batch."""
-
-    def __init__(self, kernel: str, sequences: int, longest: int, borders: Tensor):
-        self.kernel, self.sequences, self.longest = kernel, sequences, longest
-        self.borders = borders  # (B+1,) int32, of the rows end to end
-        self.seen = None
-        self.back = None
+    """attend() of causal(). A class whose fields are tensors and numbers, as torch.compile would
+    compile again for every list."""
+    kernel: str
+    sequences: int
+    longest: int
+    borders: Tensor  # (B+1,) int32, of the rows end to end
+    seen: Tensor | None = None
+    back: Tensor | None = None
 
     def __call__(self, layer, q, k, v):
+        """q (N,H,h), k and v (N,Hkv,h) -> (N,H,h)"""
         if self.seen is not None:
             q, k, v = q[self.seen], k[self.seen], v[self.seen]
         if self.kernel == "sdpa":
-            out = padded(q, k, v, self.sequences)
+            q, k, v = [x.unflatten(0, (self.sequences, -1)).transpose(1, 2) for x in (q, k, v)]
+            grouped = q.shape[1] != k.shape[1]  # (B,H,T,h), (B,Hkv,T,h)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            out = out.transpose(1, 2).flatten(0, 1)
         else:
             out = varlen(self.kernel, q, k, v, self.borders, self.longest)
         return out if self.back is None else out[self.back]
 
 
-def padded(q, k, v, sequences):
-    """Causal attention over `sequences` of one length, end to end: (B*T,H,h)."""
-    q, k, v = [x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v)]  # (B,H,T,h)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
 def varlen(kernel, q, k, v, borders, longest):
-    """Causal attention over packed sequences, (S,H,h), by the kernels of a GPU."""
+    """Causal attention over packed sequences by a GPU's kernels, without padding."""
     h = q.shape[-1]
-    pad = -h % 8  # the kernels know head sizes in steps of 8 and scale by the size they see
+    pad = -h % 8  # they take head sizes in steps of 8, and scale by the size that they see
     if pad:
         q = q * ((h + pad) / h) ** 0.5
         q, k, v = [F.pad(x, (0, pad)) for x in (q, k, v)]
@@ -299,28 +276,25 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 VARLEN_CAUSAL = {"is_causal": True}
-if varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters:
+if varlen_attn and "window_size" in inspect.signature(varlen_attn).parameters:
     VARLEN_CAUSAL = {"window_size": (-1, 0)}  # torch 2.11 and later
 
 
 # ---- The network ----
 
-# PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD; oneDNN, which is in the same PyTorch, uses
-# AVX-512 and is twice as fast there. On AVX2 it is slower, and below some size a call costs more
-# than it saves. RLVR_ONEDNN=0 or 1 overrides.
-ONEDNN = "AVX512" in torch.backends.cpu.get_cpu_capability()
-if os.environ.get("RLVR_ONEDNN"):
-    ONEDNN = os.environ["RLVR_ONEDNN"] == "1"
-ONEDNN = ONEDNN and torch.backends.mkldnn.is_available()
-ONEDNN = ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-ONEDNN_FROM = 2**21  # multiplications
+# PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD's cores; oneDNN, which comes with PyTorch,
+# takes AVX-512 and is up to twice as fast. On AVX2 it is slower, and a call of it costs 25 us more:
+# it gets products of so many multiplications. RLVR_ONEDNN=1 or 0 overrides.
+wanted = os.environ.get("RLVR_ONEDNN") or torch.backends.cpu.get_cpu_capability()
+usable = wanted in ("1", "AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_FROM = 2**21 if usable else math.inf
 
 
 def product(x, W, bias=None):
     """x (N,K), W (M,K), bias (M,) -> x W^T + bias (N,M)."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    large = len(x) * W.numel() >= ONEDNN_FROM
-    if not (ONEDNN and on_cpu and large) or torch.compiler.is_compiling():
+    if len(x) * W.numel() < ONEDNN_FROM or torch.compiler.is_compiling():
+        return F.linear(x, W, bias)
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, W, bias)
     if torch.is_grad_enabled():
         return OneDNN.apply(x, W, bias)
@@ -328,7 +302,7 @@ def product(x, W, bias=None):
 
 
 class OneDNN(torch.autograd.Function):
-    """product() by oneDNN, whose operator has no gradient of its own."""
+    """product() with its gradients, as oneDNN's operator has none."""
 
     @staticmethod
     def forward(ctx, x, W, bias):
@@ -339,10 +313,8 @@ class OneDNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, W = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        dx = product(grad, W.T) if wanted[0] else None
-        dW = product(grad.T, x.T) if wanted[1] else None
-        return dx, dW, grad.sum(0) if wanted[2] else None
+        dbias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return product(grad, W.T), product(grad.T, x.T), dbias
 
 
 class Linear(nn.Linear):
@@ -353,7 +325,8 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
         self.eps_tensor = torch.tensor(eps, device="cpu")
 
     def forward(self, x):
@@ -372,9 +345,10 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config, rotary: bool):
+    def __init__(self, c: Config, rotary):
         super().__init__()
-        self.head_dim, self.rotary = c.head_dim, rotary
+        self.head_dim = c.head_dim
+        self.rotary = rotary
         queries = c.num_attention_heads * c.head_dim
         keys = c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, queries, bias=c.qkv_bias)
@@ -385,13 +359,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rope, attend, layer):
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N,H,h)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (N,Hkv,h)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        N, h = len(x), self.head_dim
+        q = self.q_norm(self.q_proj(x).view(N, -1, h))  # (N,H,h)
+        k = self.k_norm(self.k_proj(x).view(N, -1, h))  # (N,Hkv,h)
+        v = self.v_proj(x).view(N, -1, h)
         if self.rotary:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        return self.o_proj(attend(layer, q, k, v).flatten(-2))
+        return self.o_proj(attend(layer, q, k, v).view(N, -1))
 
 
 class MLP(nn.Module):
@@ -406,7 +381,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config, rotary: bool):
+    def __init__(self, c: Config, rotary):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, rotary)
@@ -420,14 +395,13 @@ class Block(nn.Module):
 
 # ---- The head ----
 
-LOGITS_CHUNK = 2**26  # float32 logits at once: 256 MB, of which two are alive
+LOGITS_CHUNK = 2**26  # float32 logits at once: 256 MB, of which three are alive
 
 
 def exact_logits(h, W):
     """h (N,D), W (V,D) -> h W^T (N,V) in float32 (float64 stays), for sampler and trainer alike.
     Matmuls sum products of bfloat16 numbers in float32 anyway; rounding that sum would move a logit
-    of 20 by up to 0.06. MiniMax-M1 (2506.13585) saw the two part at the head. Has no gradient on
-    CUDA."""
+    of 20 by up to 0.06. MiniMax-M1 (2506.13585) saw the two part there. No gradient on CUDA."""
     exact = torch.promote_types(h.dtype, torch.float32)
     if h.is_cuda and h.dtype != exact:
         return torch.mm(h, W.T, out_dtype=exact)
@@ -444,15 +418,18 @@ class TokenLogp(torch.autograd.Function):
         logp = h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
         entropy = torch.empty_like(logp)
         sum_p2 = torch.empty_like(logp)
-        rows = max(1, LOGITS_CHUNK // len(W))
-        p = None
-        for i in range(0, len(h), rows):
-            at = slice(i, i + rows)
-            p = None  # let go of the chunk before, first
-            logp[at], entropy[at], sum_p2[at], p = chunk(h[at], W, targets[at], temperature)
-        kept = [p] if 0 < len(h) <= rows else []
+        step = max(1, LOGITS_CHUNK // len(W))
+        for i in range(0, len(h), step):
+            at = slice(i, i + step)
+            z = log_probs(h[at], W, temperature)  # (n,V)
+            p = z.exp()
+            logp[at] = z.gather(1, targets[at, None])[:, 0]
+            entropy[at] = -torch.linalg.vecdot(p, z)
+            sum_p2[at] = torch.linalg.vecdot(p, p)
+        kept = [p] if 0 < len(h) <= step else []
         ctx.save_for_backward(h, W, targets, *kept)
-        ctx.temperature, ctx.rows = temperature, rows
+        ctx.temperature = temperature
+        ctx.step = step
         ctx.mark_non_differentiable(entropy, sum_p2)
         return logp, entropy, sum_p2
 
@@ -460,31 +437,21 @@ class TokenLogp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         h, W, targets, *kept = ctx.saved_tensors
+        grad = grad[:, None] / ctx.temperature
         dh = torch.empty_like(h)
         dW = torch.zeros_like(W, dtype=grad.dtype)  # a bfloat16 sum would be rounded at each chunk
-        for i in range(0, len(h), ctx.rows):
-            at = slice(i, i + ctx.rows)
-            dz = None
-            p = kept[0] if kept else chunk(h[at], W, targets[at], ctx.temperature)[3]
-            dz = chunk_gradient(p, targets[at], grad[at] / ctx.temperature).to(h.dtype)
-            p = None
+        for i in range(0, len(h), ctx.step):
+            at = slice(i, i + ctx.step)
+            p = kept[0] if kept else log_probs(h[at], W, ctx.temperature).exp_()
+            # d log p[target] / d logits = one-hot of the target - p
+            dz = (p * -grad[at]).scatter_add_(1, targets[at, None], grad[at]).to(h.dtype)
             dh[at] = product(dz, W.T)
             dW += exact_logits(dz.T, h[at].T)
         return dh, dW.to(W.dtype), None, None
 
 
-def chunk(h, W, targets, temperature):
-    """log p of the targets, entropy, sum p^2 (n,), and p (n,V)."""
-    z = exact_logits(h, W).div_(temperature).log_softmax(-1)
-    p = z.exp()
-    logp = z.gather(1, targets[:, None])[:, 0]
-    return logp, -torch.linalg.vecdot(p, z), torch.linalg.vecdot(p, p), p
-
-
-def chunk_gradient(p, targets, grad):
-    """d(sum of grad * log p[target]) / d logits = grad * (one-hot of the target - p): (n,V)."""
-    grad = grad[:, None]
-    return (p * -grad).scatter_add_(1, targets[:, None], grad)
+def log_probs(h, W, temperature):
+    return exact_logits(h, W).div_(temperature).log_softmax(-1)
 
 
 # ---- The model ----
@@ -494,7 +461,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, rotary) for rotary in config.rotary)
+        blocks = [Block(config, config.rotary[i]) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -505,8 +473,8 @@ class Model(nn.Module):
         # keep each block's input alone for backward: a third more compute, far less memory
         self.recompute = False
         self.source: Path | None = None  # the directory it came from
-        self.files: dict[str, bytes] = {}  # its tokenizer, which a save writes along
-        self.eos_ids = end_ids(config.raw, config.vocab_size)
+        self.files: dict[str, bytes] = {}  # its tokenizer, saved along
+        self.eos_ids = end_ids(config.raw, config)
 
     @property
     def head_weight(self):
@@ -517,9 +485,10 @@ class Model(nn.Module):
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         angle = positions[:, None, None].float() * self.inv_freq
-        cos, sin = angle.cos(), angle.sin()
         dtype = self.embed_tokens.weight.dtype
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        cos = angle.cos().to(dtype)
+        sin = angle.sin().to(dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def body(self, ids, positions, attend, rope=None):
         """Final hidden states (N,D) of tokens `ids` (N,) at `positions` (N,); `rope` is
@@ -527,26 +496,26 @@ class Model(nn.Module):
         x = self.embed_tokens(ids)  # (N,D)
         rope = rope or self.rope(positions)
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():  # nothing in a block is random
                 x = checkpoint(layer, x, rope, attend, i, use_reentrant=False,
-                               preserve_rng_state=False)  # nothing here is random
+                               preserve_rng_state=False)
             else:
                 x = (layer.forward if self.whole else layer)(x, rope, attend, i)
         return self.norm(x)
 
     def logits(self, hidden):
-        """(N,D) -> (N,V) float32, for sampling: see exact_logits."""
+        """(N,D) -> (N,V) float32, for sampling."""
         return exact_logits(hidden, self.head_weight)
 
     def forward(self, ids, rows=None, targets=None, temperature=1.0):
         """ids (B,T), padded on the right: logits (B,T,V).
-        ids (N,), the `rows` of places that its sequences have in it, and targets (N,), the id to be
+        ids (N,), `rows`: the places that each sequence has in it, and targets (N,), the id to be
         predicted at each place or -1 for none: (logp, entropy, sum p^2) at the places that have
         one, in order; float32, only logp with gradient."""
         dtype = self.embed_tokens.weight.dtype
         if rows is None:
             B, T = ids.shape
-            rows = [range(i * T, (i + 1) * T) for i in range(B)]
+            rows = [range(i * T, i * T + T) for i in range(B)]
             hidden = self.body(ids.flatten(), *causal(rows, ids.device, dtype))
             return product(hidden, self.head_weight).view(B, T, -1)
         hidden = self.body(ids, *causal(rows, ids.device, dtype))
@@ -578,43 +547,42 @@ class Model(nn.Module):
     @staticmethod
     def from_pretrained(path_or_hub_id, dtype=torch.float32, device="cpu") -> "Model":
         """A checkpoint directory, a run directory of train.py (its newest checkpoint), or a hub id.
-        Raises FileNotFoundError or ValueError, one line that names the file or tensor."""
-        model = Model.from_config(path_or_hub_id).to(dtype).to_empty(device=device)
-        return model.load_weights()
+        FileNotFoundError or ValueError, one line that names the file or tensor."""
+        model = Model.from_config(path_or_hub_id)
+        return model.to(dtype).to_empty(device=device).load_weights()
 
     @staticmethod
     def from_config(path_or_hub_id) -> "Model":
-        """A checkpoint's model on the meta device, without memory: shard it, give it memory, then
-        load_weights(). That weights and config.json fit is known already here."""
+        """A checkpoint's model on the meta device: shard it, give it memory, then load_weights().
+        Whether the weights fit config.json is known here, before there is memory."""
         source = find_checkpoint(path_or_hub_id)
         raw = read_json(source / "config.json")
+        found = scan(weight_files(source))
         try:
             config = Config.from_dict(raw)
         except ValueError as e:
             raise ValueError(f"{source / 'config.json'}: {e}") from None
-        files = weight_files(source)
-        if config.tie_word_embeddings and has_other_head(files):
+        if config.tie_word_embeddings and has_other_head(found):
             warnings.warn(f"{source}: config.json ties the head to the embedding, but the weights "
                           "hold another head; it is used, untied")
-            config = dataclasses.replace(config, tie_word_embeddings=False,
-                                         raw={**raw, "tie_word_embeddings": False})
+            config = Config.from_dict({**raw, "tie_word_embeddings": False})
         with torch.device("meta"):
             model = Model(config)
-        find_tensors(files, dict(model.named_parameters()))
+        check_fit(found, dict(model.named_parameters()))
         model.keep(source)
         return model
 
     def keep(self, source):
-        """Remember what a directory has beside its weights, as it may be gone at the next save."""
+        """Remember what a directory has beside its weights: it may be gone at the next save."""
         self.source = Path(source)
         self.files = small_files(self.source)
         if "generation_config.json" in self.files:  # chat models name several ends there
             found = read_json(self.source / "generation_config.json")
-            self.eos_ids = end_ids(found, self.config.vocab_size) or self.eos_ids
+            self.eos_ids = end_ids(found, self.config) or self.eos_ids
 
     def load_weights(self) -> "Model":
-        """Stream the safetensors of `source` in, cast to each parameter's dtype; a rank of a sharded
-        model keeps its own slice only."""
+        """Stream the safetensors of `source` in, cast to each parameter's dtype; a rank of a
+        sharded model keeps its own slice only."""
         read_tensors(weight_files(self.source), dict(self.named_parameters()))
         return self
 
@@ -624,13 +592,11 @@ class Model(nn.Module):
         every rank must call it (each tensor is gathered in turn), one with write=True."""
         directory = Path(directory)
         aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
         tensors = {}
         for name, p in self.named_parameters():
             tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
         dtype = dtype or self.head_weight.dtype
-        if write:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
         write_tensors(aside, tensors, dtype, write)
         if not write:
             return
@@ -642,33 +608,35 @@ class Model(nn.Module):
         replace_directory(aside, directory)
 
 
-# ---- Checkpoints: out ----
+# ---- Checkpoints out ----
 
-SHARD_BYTES = 5 * 10**9  # a safetensors file at most
+SHARD_BYTES = 5 * 10**9  # of a safetensors file
 
 
 def write_tensors(directory, tensors: dict[str, Tensor], dtype=None, write=True, stem="model"):
-    """`tensors` as `stem`.safetensors in `directory`, or in several files and an index. dtype None
-    leaves each its own. Sharded ones are gathered one at a time: every rank must call it, the one
-    with write=True writes."""
+    """`tensors` as safetensors in `directory`, in files of 5 GB with an index where one is not
+    enough. dtype None: each its own. Sharded ones are gathered one at a time: every rank must call
+    it, the one with write=True writes."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    planned = {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta")
-               for name, t in tensors.items()}
-    plan = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD_BYTES,
+    directory = Path(directory)
+    if write:
+        directory.mkdir(parents=True, exist_ok=True)
+    sizes = {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta")
+             for name, t in tensors.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES,
                                               filename_pattern=stem + "{suffix}.safetensors")
     for file, names in plan.filename_to_tensors.items():
         shard = {}
         for name in names:
             t = tensors[name].detach()
-            if hasattr(t, "full_tensor"):
-                t = t.full_tensor()
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
             if write:
-                shard[name] = t.to("cpu", planned[name].dtype).contiguous()
+                shard[name] = t.to("cpu", dtype or t.dtype).contiguous()
         if write:
-            save_file(shard, Path(directory) / file, metadata={"format": "pt"})
+            save_file(shard, directory / file, metadata={"format": "pt"})
     if write and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (Path(directory) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
@@ -684,21 +652,50 @@ def replace_directory(aside: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def flush(path):
+def write_text(path, text) -> None:
+    """A small file, whole or as it was, also after a power cut."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    flush(aside)
+    aside.replace(path)
+    flush(path.parent)
+
+
+def flush(path) -> None:
     """fsync of a file, or of the list of names that a directory is."""
-    if os.name == "nt":  # neither is possible on a file opened for reading there
+    if os.name == "nt":  # does not do it with files opened for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
-# ---- Checkpoints: in. A directory may come from a stranger: whatever is wrong is one ValueError ----
+def checksums(directory) -> dict[str, str]:
+    """{path in it: sha256} of every file but state.json, which holds them."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != "state.json":
+            digest = hashlib.sha256()
+            with open(path, "rb") as f:
+                while block := f.read(2**20):
+                    digest.update(block)
+            found[path.relative_to(directory).as_posix()] = digest.hexdigest()
+    return found
 
-SMALL = 64 * 2**20  # bytes of a file that is read whole
-FLOATS = ("F64", "F32", "F16", "BF16")
+
+def damaged(directory) -> str:
+    """The first file that is not as resume/state.json has it, as a line; "" if all are."""
+    then = read_json(directory / "resume/state.json").get("checksums")
+    now = checksums(directory)
+    for name in then:
+        if now.get(name) != then[name]:
+            return f"{directory / name} is {'damaged' if name in now else 'missing'}"
+    return ""
+
+
+# ---- Checkpoints in: they may come from a stranger, and whatever is wrong is one line ----
+
+SMALL = 2**26  # bytes of a file that is read at once: 64 MB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
                    "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "chat_template.json", "generation_config.json")
@@ -706,11 +703,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 def find_checkpoint(path_or_hub_id) -> Path:
     """The directory of a checkpoint: local, or fetched from the hub or its cache (HF_HUB_OFFLINE is
-    respected). FileNotFoundError, one line, if there is none."""
+    respected). FileNotFoundError if there is none."""
     path = Path(path_or_hub_id)
     if (path / "latest").is_file():  # a run directory of train.py
         name = (path / "latest").read_text(errors="replace").strip()
-        if not is_inside(path / name, path) or Path(name).name != name:
+        if (path / name).parent != path or not is_inside(path / name, path):
             raise ValueError(f"{path / 'latest'}: {name!r:.60} is no directory in this one")
         path = path / name
     if path.is_dir():
@@ -725,15 +722,15 @@ def find_checkpoint(path_or_hub_id) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         raise FileNotFoundError(f"{name}: no such directory, and the hub did not give it "
-                                f"({type(e).__name__}: {reason}); offline, pass a directory") from None
+                                f"({reason}); offline, pass a directory") from None
 
 
-def is_inside(path, directory):
+def is_inside(path, directory) -> bool:
     """Whether `path`, links followed, lies in `directory`, or in the hub's cache that it is in."""
     directory = directory.resolve()
-    if directory.parent.name == "snapshots":  # its files are links to ../../blobs
+    if directory.parent.name == "snapshots":  # whose files are links to ../../blobs
         directory = directory.parent.parent
     return path.resolve().is_relative_to(directory)
 
@@ -743,20 +740,20 @@ def read_json(path) -> dict:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint has one")
         if path.stat().st_size > SMALL:
-            raise ValueError(f"{path}: larger than {SMALL} bytes")
+            raise ValueError("too large")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not JSON ({str(e):.100})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise ValueError(f"{path}: no JSON object")
     return found
 
 
-def end_ids(raw, vocab_size) -> list[int]:
-    """eos_token_id of a config, which may be a number, a list or null, as a list."""
+def end_ids(raw, config) -> list[int]:
+    """The list of eos_token_id, which may be a number, a list or null."""
     found = raw.get("eos_token_id")
     found = found if isinstance(found, list) else [found]
-    return [t for t in found if type(t) is int and 0 <= t < vocab_size]
+    return [t for t in found if type(t) is int and 0 <= t < config.vocab_size]
 
 
 def small_files(source) -> dict[str, bytes]:
@@ -765,46 +762,37 @@ def small_files(source) -> dict[str, bytes]:
     files = {}
     for name in TOKENIZER_FILES:
         path = source / name
-        if not path.is_file():
-            continue
-        if is_inside(path, source) and path.stat().st_size <= SMALL:
+        if path.is_file() and is_inside(path, source) and path.stat().st_size <= SMALL:
             files[name] = path.read_bytes()
-        else:
-            warnings.warn(f"{path}: a link out of its directory, or larger than {SMALL} bytes; "
-                          "it is not saved along")
+        elif path.exists():
+            warnings.warn(f"{path}: no file of its own, or too large; it is not saved along")
     return files
 
 
 def weight_files(source) -> list[Path]:
     """The safetensors of the model itself, not of adapters or other formats beside it."""
     index = source / "model.safetensors.index.json"
-    one = source / "model.safetensors"
-    missing = None
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else []
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{index}: {name!r:.60} is no file name")
-        files = [source / name for name in sorted(set(names))]
-        missing = next((file for file in files if not file.is_file()), None)
-        if files and not missing:
-            return files
-    if one.is_file():
-        return [one]
-    if missing:
-        raise FileNotFoundError(f"{missing}: missing, though {index.name} names it; download it")
-    files = sorted(source.glob("model-*-of-*.safetensors"))
-    if not files and (source / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{source}: a LoRA adapter alone; merge it into its base model first")
-    if not files:
+    listed = read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(listed, dict):
+        raise ValueError(f"{index}: no weight_map")
+    files = sorted({source / str(name) for name in listed.values()})
+    for file in files:
+        if file.parent != source:
+            raise ValueError(f"{index}: {str(file)!r:.100} is out of this directory")
+    if files and all(file.is_file() for file in files):
+        return files
+    found = [source / "model.safetensors"]
+    if not found[0].is_file():
+        found = sorted(source.glob("model-*-of-*.safetensors"))
+    if not found and (source / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{source}: a LoRA adapter; merge it into its base model first")
+    if not found:
         raise FileNotFoundError(f"{source}: no model.safetensors here (.bin weights are not read)")
-    return files
+    return found
 
 
 @contextmanager
 def opened(file):
-    """A safetensors file."""
     try:
         with safe_open(file, framework="pt") as f:
             yield f
@@ -813,59 +801,57 @@ def opened(file):
                          "download or copy it again") from None
 
 
-def has_other_head(files) -> bool:
-    """Whether there is an lm_head.weight that is not a copy of the embedding."""
+def scan(files) -> dict[str, tuple]:
+    """{name: (file, key in it, dtype, shape)} of all tensors, from the headers."""
     found = {}
     for file in files:
         with opened(file) as f:
             for key in f.keys():
-                if key.endswith(("lm_head.weight", "embed_tokens.weight")):
-                    found[key.removeprefix("model.")] = f.get_tensor(key)
-    head = found.get("lm_head.weight")
-    return head is not None and not torch.equal(head, found.get("embed_tokens.weight", head))
-
-
-def find_tensors(files, wanted: dict[str, Tensor]) -> dict[Path, list]:
-    """{file: [(key in it, name in `wanted`)]}, from the headers alone. ValueError if something is
-    missing, unexpected or of another shape. A `model.` before a key is not looked at."""
-    found, problems = {}, []
-    missing = dict.fromkeys(wanted)
-    for file in files:
-        found[file] = []
-        with opened(file) as f:
-            for key in f.keys():
-                name = key.removeprefix("model.")
                 t = f.get_slice(key)
-                if name in wanted:
-                    found[file].append((key, name))
-                    missing.pop(name, None)
-                    shape = list(wanted[name].shape)
-                    if t.get_shape() != shape:
-                        problems.append(f"{key} is {t.get_shape()}, expected {shape}")
-                    elif t.get_dtype() not in FLOATS:
-                        problems.append(f"{key} is {t.get_dtype()}, not a float")
-                elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # copies
-                    problems.append(f"{key!r:.100} in {file.name} unexpected")
-    problems += [f"{name} missing" for name in missing]
+                found[key.removeprefix("model.")] = file, key, t.get_dtype(), t.get_shape()
+    return found
+
+
+def read_tensor(file, key, *_) -> Tensor:
+    with opened(file) as f:
+        return f.get_tensor(key)
+
+
+def has_other_head(found) -> bool:
+    """Whether there is an lm_head.weight that is no copy of the embedding."""
+    head, embedding = found.get("lm_head.weight"), found.get("embed_tokens.weight")
+    if not head or not embedding:
+        return False
+    return not torch.equal(read_tensor(*head), read_tensor(*embedding))
+
+
+def check_fit(found, wanted: dict[str, Tensor]) -> None:
+    """ValueError if a tensor is missing, unexpected, of another shape or not of floats."""
+    problems = [f"{name} missing" for name in wanted if name not in found]
+    for name, (file, key, dtype, shape) in found.items():
+        if name not in wanted:
+            if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # copies
+                problems.append(f"{key!r:.100} in {file.name} unexpected")
+        elif shape != list(wanted[name].shape) or dtype not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{key} in {file.name} is {dtype} {shape}, "
+                            f"expected {list(wanted[name].shape)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{files[0].parent}: the weights are not those of config.json: "
+        raise ValueError(f"{file.parent}: weights do not fit config.json: "
                          f"{'; '.join(problems[:8])}{more}")
-    return found
 
 
 @torch.no_grad()
 def read_tensors(files, wanted: dict[str, Tensor]) -> None:
     """Stream safetensors into the tensors `wanted`, one at a time; a sharded one (DTensor) takes
     this rank's slice. ValueError names file and tensor."""
-    for file, keys in find_tensors(files, wanted).items():
-        with opened(file) as f:
-            for key, name in keys:
-                local = wanted[name]
-                t = f.get_tensor(key)
-                if hasattr(local, "placements"):
-                    from torch.distributed.tensor import distribute_tensor
-                    t = distribute_tensor(t.to(local.device), local.device_mesh, local.placements,
-                                          src_data_rank=None).to_local()
-                    local = local.to_local()
-                local.copy_(t)
+    found = scan(files)
+    check_fit(found, wanted)
+    for name, local in wanted.items():
+        t = read_tensor(*found[name])
+        if hasattr(local, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+            t = distribute_tensor(t.to(local.device), local.device_mesh, local.placements,
+                                  src_data_rank=None).to_local()
+            local = local.to_local()
+        local.copy_(t)
