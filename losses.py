@@ -1,359 +1,450 @@
-"""Advantages, the clipping objectives of the field side by side, and how token losses become one number.
+"""Advantages, every clipping objective of the field side by side, and how token losses become one
+number. This file needs torch and nothing else of ours: copy it.
 
-The field argues over one line: what to do with the importance ratio r = pi/pi_old. Every objective below takes a
-Batch `x` and returns a loss per token, (B,T), as its paper writes it; autograd does the rest. Each of them is a weight
-w on the policy gradient,  grad loss = -Agg(w grad log pi),  and they differ only in what w makes of r, A, p, ...
+    A = advantages(reward, group_size=8)                          # rewards (B,) to advantages (B,)
+    loss, metrics = policy_loss("acpo", logp, old_logp, A, mask)  # logp, old_logp, mask (B,T)
+    loss.backward()
 
-    loss, metrics = policy_loss("acpo", logp, old_logp, adv, mask)
-
-Read downwards: each family changes one thing. README.md has the table of papers, official code and where the two
-disagree; tests/test_losses.py has the official numbers; experiments/more_objectives.py has the rest of the field.
+The field argues over one line: what to do with the importance ratio, pi / pi_old, of a token. An
+objective takes a Batch `b` and returns a loss per token, (B,T), as its paper writes it; autograd
+does the rest. Each is a weight w on the policy gradient, grad loss = -mean(w grad log pi), where
+w = ratio A if nothing is clipped, and differs from the others only in w. Read downwards: every
+family changes one thing. docs/objectives.md has the official code, and where the two differ.
 """
 import difflib
 import inspect
 import math
-from dataclasses import dataclass, field
-from typing import Callable
-
 import torch
-from torch import Tensor
 
-OBJECTIVES: dict[str, Callable] = {}  # name -> objective, in reading order
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "winning-groups")
+OBJECTIVES = {}  # name -> function, in reading order
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
+                "seq-mean-token-sum-norm", "winning-groups")
 ADVANTAGES = ("grpo", "mean", "rloo", "maxrl", "gpg", "reinforce_pp", "reward", "signed")
 
-
-def objective(agg, advantage="grpo"):
-    """Register the function below under its own name, with the aggregation and the advantage of its published run."""
+def objective(agg, advantage="grpo", passes=({},), statistics=None):
+    """Register a function under its own name, with what its published run needs: aggregation and
+    advantage; `passes`, the hyper-parameters added in each pass over a rollout; `statistics`, a
+    function(logp, old_logp, mask, **hyper) to sums over the whole mini-batch, all ranks."""
     def register(f):
-        f.agg, f.advantage = agg, advantage
         OBJECTIVES[f.__name__] = f
+        vars(f).update(agg=agg, advantage=advantage, passes=passes, statistics=statistics)
         return f
     return register
 
-
-def check(what, name, known):  # a misspelt name is answered with those it resembles
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, 3, 0.4) or known
-        raise ValueError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'there are none'}")
-
-
-def advantages(reward: Tensor, group_size: int, kind: str = "grpo", length: Tensor | None = None) -> Tensor:
-    """Rewards (B,), group after group of `group_size` samples of one prompt, to advantages (B,). With a baseline, a
-    group of equal rewards gets exactly 0 (rounding / 1e-6 would not be). `length` (B,) is for reinforce_pp alone."""
+def advantages(reward, group_size, kind="grpo", length=None):
+    """Rewards (B,), group after group of `group_size` samples of one prompt, to advantages (B,).
+    length (B,): the tokens of each response, for reinforce_pp alone."""
     check("advantage", kind, ADVANTAGES)
     R = reward.view(-1, group_size)
-    mean, flat = R.mean(1, keepdim=True), R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
-    A = (R - mean).masked_fill(flat, 0)
-    if kind == "grpo":  # 2402.03300; one sample has no spread: flat
-        A = A / (R.std(1, keepdim=True) + 1e-6) if group_size > 1 else A
+    mean = R.mean(1, keepdim=True)
+    # Equal rewards carry no signal: exactly 0, or the divisions below would blow up the rounding.
+    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
+    A = (R - mean).masked_fill(flat, 0)  # "mean", Dr. GRPO (2503.20783), is ready
+    if kind == "grpo":  # 2402.03300
+        A = A / (R.std(1, keepdim=True, correction=min(1, group_size - 1)) + 1e-6)
     elif kind == "rloo":  # 2402.14740: the mean of the OTHER samples is the baseline
         A = A * group_size / max(1, group_size - 1)
     elif kind == "maxrl":  # 2602.02710
         A = A / (mean + 1e-6)
-    elif kind == "gpg":  # 2504.02546: make up for the groups that carry no signal
+    elif kind == "gpg":  # 2504.02546: make up for the groups without signal
         A = A * len(R) / (~flat).sum().clamp(min=1)
-    elif kind == "reinforce_pp":  # 2501.03262: whitened over all tokens, so that long responses weigh more
-        n = length.view_as(R).to(R)
+    elif kind == "reinforce_pp":  # 2501.03262: whitened over all tokens: long responses weigh more
+        n = torch.ones_like(R) if length is None else length.view_as(R).to(R)
         A = A - (n * A).sum() / n.sum()
-        A = (A / ((n * A * A).sum() / (n.sum() - 1).clamp(min=1) + 1e-8).sqrt()).masked_fill(flat, 0)
-    elif kind in ("reward", "signed"):  # no baseline
+        variance = (n * A**2).sum() / (n.sum() - 1).clamp(min=1)
+        A = (A / (variance + 1e-8).sqrt()).masked_fill(flat, 0)
+    elif kind in ("reward", "signed"):  # no baseline; signed: 1 and 0 become 1 and -1
         A = R if kind == "reward" else 2 * R - 1
-    return A.flatten()  # mean: Dr. GRPO, 2503.20783
+    return A.flatten()
 
+def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_p2=None,
+                pass_rate=None, group_size=None, max_len=None, totals=None, ref_logp=None,
+                kl_beta=0.0, **hyper):
+    """Objective `name` on B responses of up to T tokens: (scalar loss, dict of detached metrics).
+    logp (B,T) with gradient, old_logp (B,T): log pi of each token, now and when it was sampled
+    adv (B,), (B,1) or (B,T);  pass_rate (B,): share of right answers in the row's group
+    mask (B,T): 1 where a token counts; entropy, sum_p2 (B,T): of p over the vocabulary, now
+    agg: one of AGGREGATIONS; group_size, max_len: constants in the means of wapo, dr_grpo; or B, T
+    totals: "tokens", "sequences", "winning_groups", "statistics" of the whole mini-batch that
+        these rows are a part of, so that the losses of micro-batches and ranks add up
+    ref_logp (B,T), kl_beta: a penalty on the KL to a reference
+    A NaN at a token that counts makes the loss NaN. Misuse raises ValueError."""
+    check("loss", name, OBJECTIVES)
+    f = OBJECTIVES[name]
+    for key in hyper:
+        check(f"hyper-parameter of {name}", key, list(inspect.signature(f).parameters)[1:])
+    if hyper.get("dual_clip") is not None and hyper["dual_clip"] <= 0:
+        raise ValueError(f"dual_clip {hyper['dual_clip']} is not above 0; None switches it off")
+    agg, totals = agg or f.agg, dict(totals or {})
+    b = Batch(logp, old_logp, adv, mask, entropy, sum_p2, pass_rate)
+    b.statistics = totals.get("statistics")
+    if f.statistics is not None and b.statistics is None:
+        b.statistics = f.statistics(b.logp, b.old_logp, b.mask, **hyper)  # of these rows alone
+    if agg == "winning-groups" and "winning_groups" not in totals:
+        won = (b.seq_sum(b.A) > 0).view(-1, group_size or len(mask))
+        totals["winning_groups"] = won.any(1).sum()
 
-@dataclass
+    loss = f(b, **hyper)  # (B,T)
+    if ref_logp is not None:  # Schulman's k3, an estimate of KL(pi || reference), never negative
+        log_ratio = (b.clean("ref_logp", ref_logp.detach()) - b.logp).clamp(-20, 20)
+        loss = loss + kl_beta * (log_ratio.exp() - 1 - log_ratio)
+    loss = torch.where(b.log_ratio.isnan(), b.log_ratio, loss)  # also where f did not look
+    loss = aggregate(loss, b.chosen, agg, totals, max_len, group_size)
+    return loss, {key: value.detach() for key, value in b.metrics.items()}
+
 class Batch:
-    """What an objective sees: (B,T) tensors, zero outside the mask, unless said otherwise."""
-    logp: Tensor  # log pi of the sampled token, the only one with gradient
-    old_logp: Tensor
-    d: Tensor  # log ratio, logp - old_logp
-    r: Tensor  # importance ratio e^d; d within +-20 keeps it finite and, as in verl, ends the gradient beyond
-    p: Tensor  # probability of the token now, no gradient ...
-    q: Tensor  # ... and when it was sampled
-    one: Tensor  # value 1, gradient grad log pi: w * one has value w and weight w
-    A: Tensor
-    mask: Tensor
-    entropy: Tensor | None
-    sum_p2: Tensor | None
-    pass_rate: Tensor | None  # (B,1), the share of right answers in the row's group
-    group_size: int
-    totals: dict
-    metrics: dict = field(default_factory=dict)
-
-    def seq_sum(self, t):  # over a response: (B,1)
-        return (t * self.mask).sum(1, keepdim=True)
-
-    def seq_mean(self, t):
-        return self.seq_sum(t) / self.mask.sum(1, keepdim=True).clamp(min=1)
-
+    """What an objective sees: (B,T) tensors, 0 outside the mask. Only logp, log_ratio and ratio
+    have gradient. An objective may change A and `chosen`, and add to `metrics`."""
+    def __init__(self, logp, old_logp, adv, mask, entropy, sum_p2, pass_rate):
+        self.keep = mask.bool()
+        self.mask = self.keep.to(torch.promote_types(logp.dtype, torch.float32))
+        self.chosen = self.mask  # the tokens that the loss is a mean of
+        self.logp = self.clean("logp", logp)
+        self.old_logp = self.clean("old_logp", old_logp.detach())
+        self.log_ratio = self.logp - self.old_logp
+        # Within +-20 the ratio stays finite; beyond, its gradient ends, as in verl.
+        self.ratio = self.log_ratio.clamp(-20, 20).exp()
+        self.p, self.p_old = self.logp.detach().exp(), self.old_logp.exp()  # no gradient
+        self.A = self.clean("adv", adv.detach(), per_row=True)
+        self.pass_rate = self.clean("pass_rate", pass_rate, per_row=True)
+        self.entropy = self.clean("entropy", entropy)
+        self.sum_p2 = self.clean("sum_p2", sum_p2)
+        self.metrics = general_metrics(self)
+    def clean(self, name, t, per_row=False):
+        if per_row and t is not None and t.numel() == len(self.keep):  # (B,) or (B,1)
+            t = t.reshape(-1, 1).expand(self.keep.shape)
+        if t is not None and (t.shape != self.keep.shape or t.dim() != 2):
+            raise ValueError(f"{name} {tuple(t.shape)} does not fit mask {tuple(self.keep.shape)}")
+        # Before any exp or product: padding may hold anything, and inf * 0 is nan.
+        return None if t is None else torch.where(self.keep, t.to(self.mask.dtype), 0)
     def mean(self, t):  # over all tokens
         return (t * self.mask).sum() / self.mask.sum().clamp(min=1)
-
+    def seq_sum(self, t):  # over each response: (B,1)
+        return (t * self.mask).sum(1, keepdim=True)
+    def seq_mean(self, t):
+        return self.seq_sum(t) / self.mask.sum(1, keepdim=True).clamp(min=1)
+    def as_ratio(self, w):  # behaves like a ratio: value w, gradient w grad log pi
+        return w.detach() * (self.logp - self.logp.detach()).exp()
+    def by_sign(self, winner, loser):  # one number where A > 0, another elsewhere
+        return torch.full_like(self.A, loser).masked_fill(self.A > 0, winner)
     def need(self, name):
         if getattr(self, name) is None:
-            raise ValueError(f"this loss needs {name}=: policy_loss says what that is")
+            raise ValueError(f"this loss needs {name}=; policy_loss says what that is")
         return getattr(self, name)
 
-    def outside(self, eps_low, eps_high):  # where A pushes the ratio further out of the band: what PPO stops
-        low, high = (self.A < 0) & (self.r < 1 - eps_low), (self.A > 0) & (self.r > 1 + eps_high)
-        self.metrics.update(clip_low=self.mean(low), clip_high=self.mean(high))
-        return low, high
+def outside(b, low, high, dual_clip=None, ratio=None):
+    """Where PPO stops: losers below the band or beyond the dual clip, and winners above it."""
+    ratio = b.ratio if ratio is None else ratio
+    stop = ratio < low if dual_clip is None else (ratio < low) | (ratio > dual_clip)
+    losers, winners = (b.A < 0) & stop, (b.A > 0) & (ratio > high)
+    b.metrics.update(clip_low=b.mean(losers * b.chosen), clip_high=b.mean(winners * b.chosen))
+    return losers, winners
 
+def clip(b, low, high, dual_clip=None, ratio=None):
+    """PPO (1707.06347): -min(ratio A, clamp(ratio, low, high) A). Outside the band the ratio stops
+    paying, in the direction in which A pushes it. low and high: both numbers or both tensors.
+    Dual clip c (1912.09729): a loser costs c |A| at most, so beyond c its gradient ends as well."""
+    ratio = b.ratio if ratio is None else ratio
+    outside(b, low, high, dual_clip, ratio)
+    loss = -torch.minimum(ratio * b.A, ratio.clamp(low, high) * b.A)
+    return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())
 
-def ppo(x, low, high, dual_clip=None, r=None):
-    """max(-rA, -clamp(r, low, high) A): outside the band the ratio stops paying, in the direction in which A pushes it.
-    Dual clip c (1912.09729): min(that, -cA) where A < 0, so that r > c ends the gradient there too."""
-    r = x.r if r is None else r
-    loss = torch.maximum(-r * x.A, -r.clamp(min=low).clamp(max=high) * x.A)
-    stop = r < low
-    if dual_clip is not None:
-        loss = torch.minimum(loss, dual_clip * x.A.abs())  # where A > 0 the loss is below 0 anyway
-        stop = stop | (r > dual_clip)
-    x.metrics.update(clip_low=x.mean((x.A < 0) & stop), clip_high=x.mean((x.A > 0) & (r > high)))
-    return loss
-
-
-# ---- 1. A fixed band around ratio 1 --------------------------------------------------------------------------
-
+# ---- 1. A fixed band around ratio 1 --------------------------------------------------------------
 @objective("seq-mean-token-mean")
-def grpo(x, eps_low=0.2, eps_high=0.2, dual_clip=None):
-    """GRPO (2402.03300): PPO's clip with the group as baseline; every response counts the same."""
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
-
+def grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
+    """GRPO (2402.03300): PPO's clip, the group as baseline; every response counts the same."""
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
 @objective("seq-mean-token-sum-norm", advantage="mean")
-def dr_grpo(x, eps_low=0.2, eps_high=0.2, dual_clip=None):
-    """Dr. GRPO (2503.20783): GRPO without two biases, division by the group's std and by the response's length."""
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
-
+def dr_grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
+    """Dr. GRPO (2503.20783): GRPO not divided by the group's std, nor by the response's length."""
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
 @objective("token-mean")
-def dapo(x, eps_low=0.2, eps_high=0.28, dual_clip=10.0):
-    """DAPO (2503.14476): clip higher, so that unlikely tokens have room to grow; every token counts the same."""
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
-
+def dapo(b, eps_low=0.2, eps_high=0.28, dual_clip=10.0):
+    """DAPO (2503.14476): clip higher, room for unlikely tokens to grow; all tokens count alike."""
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+@objective("seq-mean-token-mean")
+def kl3(b, delta=0.1, dual_clip=None):
+    """KL3 / ATR-GRPO (2602.05494): the band where ratio - 1 - log ratio, a KL, is below delta."""
+    return clip(b, *kl3_bounds(delta), dual_clip)
 def kl3_bounds(delta):
-    """The two roots (l, u) of w - 1 - log w = delta >= 0, by Newton in log w: l < 1 < u, and u - 1 > 1 - l."""
-    def root(y):
-        for _ in range(60):
-            y -= (math.expm1(y) - y - delta) / math.expm1(y)
-        return math.exp(y)
-    return (root(-1 - delta), root(math.sqrt(2 * delta))) if delta > 0 else (1.0, 1.0)
-
-@objective("seq-mean-token-mean")
-def kl3(x, delta=0.1, dual_clip=None):
-    """KL3 / ATR-GRPO (2602.05494): the band where the KL estimate r - 1 - log r <= delta; wider above than below."""
-    return ppo(x, *kl3_bounds(delta), dual_clip)
-
-@objective("seq-mean-token-mean", advantage="reward")
-def raft(x):
-    """RAFT (2504.11343): maximum likelihood on the winners. -max(A, 0) log pi"""
-    return -x.A.clamp(min=0) * x.logp
-
+    """Both roots of ratio - 1 - log ratio = delta, by Newton's method in log ratio."""
+    low, high = -1 - delta, 1 + math.sqrt(2 * delta)  # further out than the roots
+    for _ in range(60):
+        low -= (math.expm1(low) - low - delta) / math.expm1(low)
+        high -= (math.expm1(high) - high - delta) / math.expm1(high)
+    return math.exp(low), math.exp(high)
+@objective("token-mean", advantage="signed")
+def psr_nsr(b, psr=0.1, nsr=1.0, eps_low=0.2, eps_high=0.2):
+    """W-REINFORCE (2506.01347): winners times psr, losers times nsr; 0: they leave the mean."""
+    b.A = b.A * b.by_sign(psr, nsr)
+    b.chosen = b.mask if psr and nsr else b.mask * (b.A != 0)
+    return clip(b, 1 - eps_low, 1 + eps_high)
 @objective("winning-groups", advantage="mean")
-def wapo(x, eps=9.0):
-    """WAPO (2606.16154): winners only, clipped above only. -min(rA, min(r, 1+eps) A) where A > 0, else 0"""
-    x.A = x.A * (x.seq_mean(x.A) > 0)
-    return ppo(x, 0.0, 1 + eps)
+def wapo(b, eps=9.0):
+    """WAPO (2606.16154): winners only, clipped above only. -min(ratio, 1 + eps) A"""
+    b.A = b.A * (b.seq_mean(b.A) > 0)
+    return clip(b, 0.0, 1 + eps)
 
-
-# ---- 2. A band that adapts -----------------------------------------------------------------------------------
-
-def bins_of(p, bins):  # [b/K, (b+1)/K), the last one closed
-    return (p * bins).clamp(max=bins - 1).long()
-
-def moments_of(bin, excess, mask, bins):  # excess: r - 1, zero outside the mask
-    values = torch.stack([mask, excess, excess**2]).double().flatten(1)
-    return values.new_zeros(3, bins).scatter_add_(1, bin.flatten().expand(3, -1), values)
-
+# ---- 2. A band that adapts: to the probability, to the group, to the batch -----------------------
+def bin_of(p, bins):  # which of equal bins, the last one closed; NaN must not become an index
+    return (p * bins).nan_to_num(0).clamp(0, bins - 1).long()
 @torch.no_grad()
-def ratio_moments(logp, old_logp, mask, bins=5):
-    """(3, bins) float64: count, sum of r - 1 and of (r - 1)^2 over the tokens in each of `bins` equal bins of the
-    current probability. Sums of micro-batches and ranks add up; centred at 1, so that the variance keeps its digits."""
-    logp, old_logp = (torch.where(mask.bool(), t, 0) for t in (logp, old_logp))
-    excess = (logp - old_logp).clamp(-20, 20).expm1()
-    return moments_of(bins_of(logp.exp(), bins), excess, mask.to(excess), bins)
-
+def ratio_moments(logp, old_logp, mask, bins=5, **_):
+    """(3, bins), by bins of exp(logp): the number of tokens, sums of ratio - 1 and of its square.
+    Micro-batches and ranks add up; centred at 1, so that the variance keeps its digits."""
+    log_ratio = torch.where(mask.bool(), logp.double() - old_logp.double(), 0)
+    excess = log_ratio.clamp(-20, 20).expm1()
+    values = torch.stack([mask.double(), excess, excess**2]).flatten(1)  # (3, B T)
+    return values.new_zeros(3, bins).index_add_(1, bin_of(logp.exp(), bins).flatten(), values)
+@objective("seq-mean-token-mean", statistics=ratio_moments)
+def acpo(b, alpha=3.0, eps=0.2, eps_min=0.0, eps_max=3.0, bins=5, dual_clip=3.0):
+    """ACPO (2606.22570): unlikely tokens have noisier ratios and get more room. The band is
+    1 +- clamp(eps + alpha std(ratio), eps_min, eps_max), the std by bins of current probability."""
+    mean, square = b.statistics[1:] / b.statistics[0].clamp(min=1)
+    std = ((square - mean**2).clamp(min=0) + 1e-8).sqrt().to(b.mask)
+    width = (eps + alpha * std).clamp(eps_min, eps_max)  # (bins,)
+    for i in range(bins):
+        b.metrics.update({f"std_bin{i}": std[i], f"eps_bin{i}": width[i]})
+    width = width[bin_of(b.p, bins)]  # (B,T)
+    return clip(b, 1 - width, 1 + width, dual_clip)
 @objective("seq-mean-token-mean")
-def acpo(x, alpha=3.0, eps=0.2, eps_min=0.0, eps_max=3.0, bins=5, dual_clip=3.0):
-    """ACPO (2606.22570): unlikely tokens have noisier ratios. Band 1 -+ clip(eps + alpha std(r), eps_min, eps_max), the
-    std per bin of current probability, from totals["moments"] if given, else over these rows (official)."""
-    bin, moments = bins_of(x.p, bins), x.totals.get("moments")
-    if moments is None:
-        moments = moments_of(bin, (x.r.detach() - 1) * x.mask, x.mask, bins)
-    mean, square = moments[1:] / moments[0].clamp(min=1)
-    std = ((square - mean**2).clamp(min=0) + 1e-8).sqrt().to(x.r)
-    width = (eps + alpha * std).clamp(eps_min, eps_max)
-    x.metrics |= {f"std_bin{b}": std[b] for b in range(bins)} | {f"eps_bin{b}": width[b] for b in range(bins)}
-    width = width.take(bin)  # (B,T)
-    return ppo(x, 1 - width, 1 + width, dual_clip)
-
-@objective("seq-mean-token-mean")
-def etr(x, eps=0.2, micro=0.5, macro=0.5):
-    """ETR (2601.03723): the band grows with |A| and with the variance of the group's pass rate c. Form and
-    constants are OURS, from the abstract: eps (1 + micro tanh|A|) (1 + macro 4c(1-c)); at 0 and 0 it is GRPO."""
-    c = x.need("pass_rate")
-    width = eps * (1 + micro * x.A.abs().tanh()) * (1 + macro * 4 * c * (1 - c))
-    return ppo(x, 1 - width, 1 + width)
-
-
-# ---- 3. The ratio of the whole response instead of the token's -----------------------------------------------
-
-@objective("seq-mean-token-mean")
-def gspo(x, eps_low=3e-4, eps_high=4e-4, dual_clip=None):
-    """GSPO (2507.18071): clip whole responses by s = exp(mean log r); in its token form, value s and weight s."""
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip, r=x.seq_mean(x.d).detach().clamp(max=10).exp() * x.one)
-
-
-# ---- 4. Cap the weight and keep the token; or a smooth gate --------------------------------------------------
-
+def etr(b, eps=0.2, micro=0.5, macro=0.5):
+    """ETR (2601.03723; form and constants OURS): a band by |A| and the variance of the group."""
+    c = b.need("pass_rate")
+    width = eps * (1 + macro * 4 * c * (1 - c)) * (1 + micro * b.A.abs().tanh())
+    return clip(b, 1 - width, 1 + width)
 @objective("token-mean")
-def cispo(x, eps_low=1.0, eps_high=0.3):
-    """CISPO (2506.13585): clip the weight, not the token, so that none loses its gradient. -sg[clamp(r)] A log pi"""
-    x.outside(eps_low, eps_high)
-    return -x.r.detach().clamp(1 - eps_low, 1 + eps_high) * x.A * x.logp
+def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
+    """DCPO (2509.02333): |ratio - 1| ratio p_old <= eps, solved for the ratio: wide if unlikely."""
+    low = (1 + (1 - 4 * eps_low / b.p_old).clamp(min=0).sqrt()) / 2
+    high = (1 + (1 + 4 * eps_high / b.p_old).sqrt()) / 2
+    return clip(b, low, high.clamp(max=max(dual_clip or 0, 10.0)), dual_clip)
+@objective("token-mean")
+def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
+    """BAPO (2510.18927): raise first the lower, then the upper bound of the batch's band until the
+    sum of min(ratio, high) A over winners is >= target sum of max(ratio, low) |A| over losers."""
+    # A higher lower bound only adds to the losers, so the walk never ends on that stretch.
+    steps = round((high[1] - high[0]) / step)
+    walk = [(low[0], high[0])] + [(low[1], high[0] + step * i) for i in range(steps + 1)]
+    ratio, winners, losers = b.ratio.detach(), b.A.clamp(min=0), -b.A.clamp(max=0)
+    for lower, upper in walk:
+        won = (ratio.clamp(max=upper) * winners).sum()
+        if won >= target * (ratio.clamp(min=lower) * losers).sum():
+            break
+    b.metrics.update(band_low=ratio.new_tensor(lower), band_high=ratio.new_tensor(upper))
+    return clip(b, lower, upper, dual_clip)
+@objective("token-mean")
+def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
+    """M2PO (2510.01161): the batch's band is e^-t .. e^t, t the largest with mean min(|log ratio|,
+    t)^2 <= budget over the tokens that A pushes outward; at least 1 - eps_low .. 1 + eps_high."""
+    outward = b.mask * (b.A * b.log_ratio > 0)
+    square = b.log_ratio.detach().clamp(-20, 20) ** 2 * outward
+    t, end = b.mask.new_tensor([0.0, 20.0])  # no |log ratio| is larger: at 20 nothing is clipped
+    for _ in range(50):  # halve the interval that holds t
+        middle = (t + end) / 2
+        fits = square.clamp(max=middle**2).sum() <= budget * outward.sum()
+        t, end = torch.where(fits, middle, t), torch.where(fits, end, middle)
+    low = (-t).exp().clamp(max=1 - eps_low)
+    high = t.exp().clamp(min=1 + eps_high)
+    b.metrics.update(band_low=low, band_high=high)
+    return clip(b, low, high)
 
+# ---- 3. The ratio of the whole response, or of its prefix, instead of the token's ----------------
 @objective("seq-mean-token-mean")
-def cispo_masked(x, is_low=1.0, is_high=0.45, eps_low=0.2, eps_high=0.3):
-    """CISPO with its eq. 7, as ACPO's baseline: what PPO stops is dropped after all, the rest is capped."""
-    low, high = x.outside(eps_low, eps_high)
-    return -x.r.detach().clamp(1 - is_low, 1 + is_high) * ~(low | high) * x.A * x.logp
-
+def gspo(b, eps_low=3e-4, eps_high=4e-4):
+    """GSPO (2507.18071): clip whole responses, by s = exp(mean log ratio); here in token form."""
+    s = b.seq_mean(b.log_ratio).clamp(max=10).exp()  # (B,1)
+    return clip(b, 1 - eps_low, 1 + eps_high, ratio=b.as_ratio(s))
 @objective("seq-mean-token-mean")
-def sapo(x, tau_pos=1.0, tau_neg=1.05):
-    """SAPO (2511.20347): a sigmoid instead of a clip. -4/tau sigmoid(tau (r-1)) A, so w = r sech^2(tau (r-1) / 2) A"""
-    tau = torch.full_like(x.A, tau_neg).masked_fill(x.A > 0, tau_pos)
-    return -torch.sigmoid(tau * (x.r - 1)) * 4 / tau * x.A
+def gmpo(b, eps_low=0.4, eps_high=0.4):
+    """GMPO (2507.20673): PPO's clip in log space, then the geometric mean of the response."""
+    losers, winners = outside(b, math.exp(-eps_low), math.exp(eps_high))
+    clipped = b.log_ratio.masked_fill(losers, -eps_low).masked_fill(winners, eps_high)
+    return -b.A * b.seq_mean(clipped).clamp(max=20).exp()
+@objective("token-mean")
+def ctpo(b, eps_low=0.025, eps_high=0.05, dual_clip=0.05, power=0.5):
+    """CTPO (2605.07331): the ratio of the prefix up to token t, in a band of exp(+-eps t^power)."""
+    prefix = b.log_ratio.cumsum(1).clamp(max=10).exp()
+    walk = b.mask.cumsum(1).clamp(min=1) ** power
+    if dual_clip is not None:
+        dual_clip = (dual_clip * walk).exp()
+    low, high = (-eps_low * walk).exp(), (eps_high * walk).exp()
+    return clip(b, low, high, dual_clip, ratio=b.as_ratio(prefix))
+@objective("token-mean")
+def vespo(b, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0):
+    """VESPO (2602.10693): -sg[W^k exp(lam (1 - W))] A log pi, W the product of all ratios."""
+    log_w = b.seq_sum(b.log_ratio.detach().clamp(-20, 20)).clamp(math.log(1e-8), 20)
+    k, lam = b.by_sign(k_pos, k_neg), b.by_sign(lam_pos, lam_neg)
+    return -(k * log_w + lam * (1 - log_w.exp())).exp() * b.A * b.logp
+@objective("seq-mean-token-sum", advantage="signed")
+def topr(b):
+    """TOPR (2503.14286): winners as plain REINFORCE, losers times min(product of ratios, 1)."""
+    w = b.seq_sum(b.log_ratio.detach()).clamp(max=0).exp()
+    return -torch.where(b.A > 0, 1, w) * b.A * b.logp
 
-
-# ---- 5. Selection: which tokens may learn --------------------------------------------------------------------
-
-def top(score, k):
-    """True at the `k` largest of `score` along the last dimension; k may be a tensor that broadcasts. Sorts."""
-    order = score.argsort(-1, descending=True)
-    rank = torch.arange(score.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(-1, order, rank) < k
-
-def share(x, score, ratio):
-    """1 at the `ratio` of each response's tokens with the highest score, at least one."""
-    n = x.mask.sum(1, keepdim=True).double()
-    return x.mask * top(score.masked_fill(x.mask == 0, -math.inf), (n * ratio).floor().clamp(min=1))
-
+# ---- 4. Another weight: capped, bent or smooth, and by another measure than the ratio ------------
+@objective("token-mean")
+def cispo(b, eps_low=1.0, eps_high=0.3):
+    """CISPO (2506.13585): -sg[clamp(ratio)] A log pi, sg: as a number, no gradient"""
+    outside(b, 1 - eps_low, 1 + eps_high)
+    return -b.ratio.detach().clamp(1 - eps_low, 1 + eps_high) * b.A * b.logp
 @objective("seq-mean-token-mean")
-def entropy_top(x, ratio=0.2, eps_low=0.2, eps_high=0.3, dual_clip=3.0):
-    """80/20 (2506.01939), as ACPO's baseline: only the `ratio` of each response's tokens with the most entropy."""
-    x.mask = share(x, x.need("entropy"), ratio)  # before aggregation: the mean is over the chosen tokens
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
-
+def cispo_masked(b, is_low=1.0, is_high=0.45, eps_low=0.2, eps_high=0.3):
+    """CISPO with its eq. 7, as ACPO's baseline: what PPO stops is dropped, the rest capped."""
+    losers, winners = outside(b, 1 - eps_low, 1 + eps_high)
+    w = b.ratio.detach().clamp(1 - is_low, 1 + is_high) * ~(losers | winners)
+    return -w * b.A * b.logp
+@objective("token-mean")
+def gppo(b, eps_low=0.2, eps_high=0.28, dual_clip=10.0):
+    """GPPO (2508.07629): DAPO's value, but a clipped token keeps the gradient of its bound."""
+    return ce_gppo(b, 1.0, 1.0, eps_low, eps_high, dual_clip)
+@objective("token-mean")
+def ce_gppo(b, beta_low=0.75, beta_high=1.0, eps_low=0.2, eps_high=0.2, dual_clip=10.0):
+    """CE-GPPO (2509.20712): GPPO, that gradient times beta_low below the band, beta_high above."""
+    losers, winners = outside(b, 1 - eps_low, 1 + eps_high)
+    bound = b.as_ratio(b.by_sign(beta_high * (1 + eps_high), beta_low * (1 - eps_low)))
+    ratio = torch.where(losers | winners, bound, b.ratio)
+    if dual_clip is not None:
+        ratio = ratio.masked_fill((b.A < 0) & (b.ratio > dual_clip), dual_clip)
+    return -ratio * b.A
+@objective("token-mean")
+def dgpo(b, eps_low=0.2, eps_high=0.28, n=1.0, m=2.0):
+    """DGPO (2603.14389): at the band the weight bends instead of breaking off."""
+    losers, winners = outside(b, 1 - eps_low, 1 + eps_high)
+    below = b.ratio * (b.ratio / (1 - eps_low)) ** n
+    above = b.ratio ** (1 - 1 / m) * (1 + eps_high) ** (1 / m)
+    w = torch.where(losers, below, torch.where(winners, above, b.ratio))
+    return -b.as_ratio(w) * b.A
+@objective("token-mean")
+def aspo(b, eps=0.2, eps_entropy=0.4, quantile=0.8, dual_clip=3.0):
+    """ASPO (2510.06062): for winners the ratio upside down: unlikely tokens learn faster."""
+    eps = torch.full_like(b.A, eps)  # eps_entropy: of each response's most uncertain tokens
+    if b.entropy is not None:
+        seen = b.entropy.masked_fill(~b.keep, torch.nan)
+        eps[seen > seen.nanquantile(quantile, dim=1, keepdim=True)] = eps_entropy
+    losers, winners = outside(b, 1 - eps, 1 + eps)
+    w = torch.where(b.A > 0, 1 / b.ratio, b.ratio).detach()
+    ratio = b.as_ratio(w)
+    if dual_clip is not None:  # as the official code: weight dual_clip, in another form
+        ratio = torch.where(w > dual_clip, dual_clip * b.logp, ratio)
+    return -b.A * torch.where(winners, 1 / (1 + eps), torch.where(losers, 1 - eps, ratio))
+@objective("seq-mean-token-sum-norm")
+def dppo_tv(b, delta_low=0.15, delta_high=0.15, cap=20.0):
+    """DPPO-TV (2602.04879): drop a token once A has moved its PROBABILITY by more than delta."""
+    return dppo(b, (b.p - b.p_old).abs(), delta_low, delta_high, cap)
+@objective("seq-mean-token-sum-norm")
+def dppo_kl(b, delta_low=0.05, delta_high=0.05, cap=20.0):
+    """DPPO-KL (2602.04879): the same by the KL of two outcomes, this token or any other."""
+    others = ((1 - b.p_old + 1e-8) / (1 - b.p + 1e-8)).log()
+    kl = (1 - b.p_old) * others - b.p_old * b.log_ratio.detach()
+    return dppo(b, kl, delta_low, delta_high, cap)
+def dppo(b, moved, delta_low, delta_high, cap):
+    losers = (b.A < 0) & (b.p < b.p_old) & (moved > delta_low)
+    winners = (b.A > 0) & (b.p > b.p_old) & (moved > delta_high)
+    b.metrics.update(clip_low=b.mean(losers), clip_high=b.mean(winners))
+    return -b.ratio.detach().clamp(max=cap) * ~(losers | winners) * b.A * b.logp
 @objective("seq-mean-token-mean")
-def entropy_bottom(x, ratio=0.8, eps_low=0.2, eps_high=0.3, dual_clip=3.0):
-    """The control of entropy_top: the tokens with the least entropy."""
-    x.mask = share(x, -x.need("entropy"), ratio)
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
+def sapo(b, tau_pos=1.0, tau_neg=1.05):
+    """SAPO (2511.20347): -4/tau sigmoid(tau (ratio - 1)) A, whose w falls off smoothly."""
+    tau = b.by_sign(tau_pos, tau_neg)
+    return -4 / tau * torch.sigmoid(tau * (b.ratio - 1)) * b.A
+@objective("token-mean")
+def dro(b, beta=0.1):
+    """DRO (2501.12599): REINFORCE on a leash. -A log pi + beta/2 (log ratio)^2"""
+    return -b.A * b.logp + beta / 2 * b.log_ratio**2
 
+# ---- 5. Which tokens may learn -------------------------------------------------------------------
+def top(score, mask, share):
+    """True at each row's largest scores: the `share` of its tokens, at least one."""
+    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)
+    rank = score.masked_fill(mask == 0, -math.inf).argsort(-1, descending=True).argsort(-1)
+    return (rank < n) & (mask > 0)
+def top_of_batch(b, score, share):
+    return top(score.view(1, -1), b.mask.view(1, -1), share).view_as(score)
 @objective("seq-mean-token-mean")
-def ar_lopti(x, alpha=0.3, eta=0.5, part=None, eps_low=0.2, eps_high=0.24, dual_clip=3.0):
-    """AR-Lopti (2505.12929): A becomes (alpha q + 1 - alpha) A, so that unlikely tokens do not drown the likely; and
-    the rollout is passed twice, first the tokens with q < eta (part="low"), then the others (part="high")."""
-    x.A = (alpha * x.q + 1 - alpha) * x.A
+def entropy_top(b, ratio=0.2, eps_low=0.2, eps_high=0.3, dual_clip=3.0):
+    """80/20 (2506.01939), as ACPO's baseline: only each response's tokens with the most entropy."""
+    b.chosen = b.mask * top(b.need("entropy"), b.mask, ratio)
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+@objective("seq-mean-token-mean")
+def entropy_bottom(b, ratio=0.8, eps_low=0.2, eps_high=0.3, dual_clip=3.0):
+    """Its control: the tokens with the least entropy."""
+    b.chosen = b.mask * top(-b.need("entropy"), b.mask, ratio)
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+@objective("seq-mean-token-mean", passes=({"part": "low"}, {"part": "high"}))
+def ar_lopti(b, alpha=0.3, eta=0.5, part=None, eps_low=0.2, eps_high=0.24, dual_clip=3.0):
+    """AR-Lopti (2505.12929): A scaled by alpha p_old + 1 - alpha; first the tokens below eta."""
+    b.A = b.A * (alpha * b.p_old + 1 - alpha)
     if part is not None:
         check("part", part, ("low", "high"))
-        x.A = x.A * ((x.q < eta) == (part == "low"))
-    return ppo(x, 1 - eps_low, 1 + eps_high, dual_clip)
+        b.A = b.A * ((b.p_old < eta) == (part == "low"))
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+def covariance(b):  # how fast raising the token lowers the entropy
+    return (b.A - b.mean(b.A)) * (b.logp - b.mean(b.logp)).detach()
+@objective("token-mean")
+def clip_cov(b, k=2e-4, cov_low=1.0, cov_high=5.0, eps_low=0.2, eps_high=0.2, seed=0):
+    """Clip-Cov (2505.22617): PPO, but a random few of the tokens of high covariance drop out."""
+    losers, winners = outside(b, 1 - eps_low, 1 + eps_high)
+    cov = covariance(b)
+    candidate = (cov > cov_low) & (cov < cov_high) & ~(losers | winners) & b.keep
+    seed = seed + int(b.old_logp.nan_to_num(0, 0, 0).abs().sum() * 1000)  # each batch its draw
+    lot = torch.rand(cov.shape, generator=torch.Generator().manual_seed(seed)).to(cov.device)
+    drawn = candidate & top_of_batch(b, lot.masked_fill(~candidate, -1), k)
+    return clip(b, 1 - eps_low, 1 + eps_high).masked_fill(drawn, 0)
+@objective("token-mean")
+def kl_cov(b, k=0.002, beta=1.0):
+    """KL-Cov (2505.22617): no clip; the share k with the highest covariance pays |log ratio|."""
+    return -b.ratio * b.A + beta * b.log_ratio.abs() * top_of_batch(b, covariance(b), k)
 
-
-# ---- 6. No ratio ---------------------------------------------------------------------------------------------
-
+# ---- 6. No ratio ---------------------------------------------------------------------------------
 @objective("token-mean", advantage="gpg")
-def gpg(x):
-    """GPG (2504.02546): plain policy gradient, A rescaled for the groups without signal. -A log pi"""
-    return -x.A * x.logp
-
+def gpg(b):
+    """GPG (2504.02546): plain policy gradient, A made up for groups without signal. -A log pi"""
+    return -b.A * b.logp
 @objective("seq-mean-token-sum", advantage="rloo")
-def rloo(x):
-    """RLOO (2402.14740): REINFORCE on whole responses, the other samples' mean as baseline. -A log pi"""
-    return -x.A * x.logp
+def rloo(b):
+    """RLOO (2402.14740): REINFORCE, the other samples' mean as baseline. -A log pi"""
+    return -b.A * b.logp
+@objective("seq-mean-token-mean", advantage="reward")
+def raft(b):
+    """RAFT (2504.11343): maximum likelihood of the winners. -max(A, 0) log pi"""
+    return -b.A.clamp(min=0) * b.logp
 
-
-# ---- From token losses to one number -------------------------------------------------------------------------
-
-def aggregate(loss, mask, agg, *, totals=None, max_len=None, group_size=None):
-    """(B,T) to a scalar. `totals` are counts over the whole optimizer mini-batch (tokens, sequences, winning_groups),
-    so that the losses of micro-batches and ranks simply add up; None: over these rows. Empty rows do not count."""
+# ---- From token losses to one number, and metrics ------------------------------------------------
+def aggregate(loss, mask, agg, totals, max_len=None, group_size=None):
+    """(B,T) to a scalar. `totals` counts the whole mini-batch, so that the losses of micro-batches
+    and ranks simply add up; what it lacks is counted here. Empty responses do not count."""
     check("agg", agg, AGGREGATIONS)
-    totals, n = totals or {}, mask.sum(1)
-    loss, scale = (loss * mask).sum(1), totals.get("sequences", (n > 0).sum())
+    tokens = mask.sum(1)  # (B,)
+    max_len = max_len or mask.shape[1]
+    loss = (loss * mask).sum(1)  # (B,)
+    scale = totals.get("sequences", (tokens > 0).sum())  # seq-mean-token-sum
     if agg == "token-mean":
-        scale = totals.get("tokens", n.sum())
+        scale = totals.get("tokens", tokens.sum())
     elif agg == "seq-mean-token-mean":
-        loss = loss / n.clamp(min=1)
-    elif agg == "seq-mean-token-sum-norm":  # a constant length: long responses are not favoured (2503.20783)
-        scale = scale * (max_len or mask.shape[1])
-    elif agg == "winning-groups":  # WAPO: group size x length budget x groups with a winner
-        scale = max(totals["winning_groups"], 1) * (max_len or mask.shape[1]) * (group_size or len(n))
+        loss = loss / tokens.clamp(min=1)
+    elif agg == "seq-mean-token-sum-norm":  # Dr. GRPO: a constant length favours no response
+        scale = scale * max_len
+    elif agg == "winning-groups":  # WAPO
+        scale = max(totals["winning_groups"], 1) * max_len * (group_size or len(mask))
     return loss.sum() / torch.as_tensor(scale).clamp(min=1)
 
+@torch.no_grad()
+def general_metrics(b):
+    """Means over the response tokens, which micro-batches can merge, weighted by their tokens. A
+    root cannot be merged: take sqrt(ratio_sq - (ratio_mean - 1)^2) of the merged, not ratio_std."""
+    mean, zero = b.mean(b.ratio), b.mask.new_zeros(())
+    metrics = {"clip_low": zero, "clip_high": zero, "ratio_mean": mean,
+               "ratio_sq": b.mean((b.ratio - 1) ** 2),
+               "ratio_std": b.mean((b.ratio - mean) ** 2).sqrt(),
+               "approx_kl": b.mean(b.ratio - 1 - b.log_ratio.clamp(-20, 20))}
+    if b.sum_p2 is not None:  # WAPO's cells: likelier than two draws agree? did it win?
+        peak, won = b.p >= b.sum_p2, b.A >= 0
+        metrics |= {"pos_peak": b.mean(won & peak), "pos_valley": b.mean(won & ~peak),
+                    "neg_peak": b.mean(~won & peak), "neg_valley": b.mean(~won & ~peak)}
+    return metrics
 
-def k3(logp, ref_logp):
-    """Schulman's estimate of KL(pi || ref) per token of pi, never negative: ref/pi - 1 - log(ref/pi)."""
-    d = (ref_logp - logp).clamp(-20, 20)
-    return d.exp() - 1 - d
-
-
-def correction_weight(old_logp, sampler_logp, kind):
-    """pi_old/pi_sampler, detached, for a sampler that is not the trainer: truncated at 2 (tis) or zero outside [0.5, 5]
-    (icepop, 2510.18855). Multiplies any objective; has no place where old_logp already is the sampler's."""
-    check("correction", kind, ("tis", "icepop"))
-    rho = (old_logp - sampler_logp).detach().clamp(-20, 20).exp()
-    return rho.clamp(max=2.0) if kind == "tis" else rho * ((rho >= 0.5) & (rho <= 5.0))
-
-
-def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_p2=None, reward=None, group_size=None,
-                max_len=None, totals=None, sampler_logp=None, correction="tis", ref_logp=None, kl_beta=0.0,
-                pass_rate=None, **hyperparameters):
-    """Objective `name` on B responses of up to T tokens: (scalar loss with gradient to logp, dict of detached metrics).
-
-    logp (B,T) with grad; old_logp (B,T); adv (B,), (B,1) or (B,T); mask (B,T), 1 where a response token counts;
-    entropy, sum_p2 (B,T) of the current policy; reward (B,), group after group of `group_size` rows, or pass_rate (B,)
-    where rows are not whole groups. What lies outside the mask is never used. Unknown names raise ValueError."""
-    check("loss", name, OBJECTIVES)
-    f, keep = OBJECTIVES[name], mask.bool()
-    for h in hyperparameters:
-        check(f"hyper-parameter of {name}", h, list(inspect.signature(f).parameters)[1:])
-    dtype = torch.promote_types(logp.dtype, torch.float32)
-
-    def clean(t):  # masked before any exp: inf * 0 is nan
-        return None if t is None else torch.where(keep, t.to(dtype), 0)
-
-    A = clean((adv if adv.dim() == 2 else adv[:, None]).detach().expand_as(keep))
-    mask, agg, group, totals = keep.to(dtype), agg or f.agg, group_size or len(keep), dict(totals or {})
-    wins = (A * mask).sum(1) > 0
-    if pass_rate is None and len(keep) % group == 0:  # from the rewards of whole groups, else from the sign of A
-        pass_rate = (wins if reward is None else reward).to(dtype).view(-1, group).mean(1).repeat_interleave(group)
-    if agg == "winning-groups" and "winning_groups" not in totals:
-        totals["winning_groups"] = wins.view(-1, group).any(1).sum()
-    logp, old_logp = clean(logp), clean(old_logp.detach())
-    d = logp - old_logp
-    x = Batch(logp, old_logp, d, r=d.clamp(-20, 20).exp(), p=logp.detach().exp(), q=old_logp.exp(),
-              one=(logp - logp.detach()).exp(), A=A, mask=mask, entropy=clean(entropy), sum_p2=clean(sum_p2),
-              pass_rate=None if pass_rate is None else pass_rate.detach().to(dtype).view(-1, 1), group_size=group,
-              totals=totals)
-    loss = f(x, **hyperparameters)
-    if sampler_logp is not None:
-        loss = loss * correction_weight(x.old_logp, clean(sampler_logp), correction)
-    if ref_logp is not None:
-        loss = loss + kl_beta * k3(x.logp, clean(ref_logp.detach()))
-    loss = aggregate(loss, x.mask, agg, totals=totals, max_len=max_len, group_size=group)
-
-    x.mask = mask  # these metrics are over every response token, also where an objective selects
-    with torch.no_grad():
-        mean, zero = x.mean(x.r), torch.zeros_like(loss)
-        metrics = {"clip_low": zero, "clip_high": zero, "approx_kl": x.mean(x.r - 1 - x.d.clamp(-20, 20)),
-                   "ratio_mean": mean, "ratio_std": x.mean((x.r - mean) ** 2).sqrt()}
-        if sum_p2 is not None:  # WAPO's cells: p above or below the collision probability sum p^2, times the sign of A
-            peak, pos = x.p >= x.sum_p2, A >= 0
-            metrics |= {"pos_peak": x.mean(pos & peak), "pos_valley": x.mean(pos & ~peak),
-                        "neg_peak": x.mean(~pos & peak), "neg_valley": x.mean(~pos & ~peak)}
-    return loss, {k: v.detach() for k, v in {**metrics, **x.metrics}.items()}
-
-
-import experiments.more_objectives  # noqa: E402,F401  the rest of the field registers itself: same names, same tests
+def check(what, name, known):  # a misspelt name is answered with those that resemble it
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 3, 0.4) or known
+        raise ValueError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'there are none'}")
