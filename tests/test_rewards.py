@@ -143,9 +143,6 @@ REST = [    # (task, response, problem, score)
     ("chainsum", "#7$\n", {"answer": "7"}, 0),
     ("chainsum", "#1#7$", {"answer": "7"}, 0), ("chainsum", "#77$", {"answer": "7"}, 0),
     ("chainsum", "#٧$", {"answer": "7"}, 0),
-    ("add", r"\boxed{579}", {"answer": "579"}, 1), ("add", r"\boxed{ 0579 }", {"answer": 579}, 1),
-    ("add", r"\boxed{123+456}", {"answer": "579"}, 0), ("add", "579", {"answer": "579"}, 0),
-    ("add", r"\boxed{%s}" % ("9" * 5000), {"answer": "579"}, 0),    # int() refuses 4,301 digits with ValueError
     # where the answer is: last box anywhere, balanced, terminated
     ("math", r"<think>\boxed{42}</think> done", {"answer": "42"}, 1),
     ("math", r"\boxed{41} no, \boxed{42}", {"answer": "42"}, 1),
@@ -205,7 +202,7 @@ REST = [    # (task, response, problem, score)
     # qa: SQuAD
     *[("qa", f"<answer>{a}</answer>", {"answer": g, "metric": m}, s) for a, g, m, s in [
         ("The Eiffel Tower!", ["Eiffel tower"], "em", 1), ("Eiffel", ["Eiffel tower"], "em", 0),
-        ("x", ["y", "X"], "em", 1), ("the", ["the", ""], "em", 0), ("", [""], "f1", 0),
+        ("x", ["y", "X"], "em", 1), ("the", [""], "em", 0), ("the", ["the"], "em", 1), ("", [""], "f1", 0),
         ("Eiffel", ["Eiffel tower"], "f1", 2 / 3), ("b", ["a b", "b c d"], "f1", 1),
         ("yes", ["yes indeed"], "f1", 0), ("yes it is", ["yes"], "f1", 0), ("yes", ["Yes."], "f1", 1),
         ("a x x", ["x"], "f1", 2 / 3)]],
@@ -272,7 +269,7 @@ def test_no_code_runs(tmp_path):
     """PRIME and reasoning-gym hand model text to sympy.parse_expr, which is eval."""
     f = tmp_path / "owned"
     for attack in (a.format(f=f) for a in INJECTIONS):
-        for problem in [("math", {"answer": "x"}), ("add", {"answer": "1"}),
+        for problem in [("math", {"answer": "x"}),
         ("countdown", {"numbers": [1], "target": 1}),
                         ("tableqa", {"answer": [1]}), ("kk", {"answer": {"A": "knight"}}), ("qa", {"answer": "y"})]:
             assert score(problem[0], rf"<answer>{attack}</answer> \boxed{{{attack}}}", **problem[1]) == 0
@@ -293,7 +290,7 @@ def test_long_or_odd_text_is_quick(text):
     start = time.monotonic()
     for response in (text, rf"\boxed{{{text}}}", f"<answer>{text}</answer>"):
         for task, problem in [("math", {"answer": "42"}), ("countdown", {"numbers": [42], "target": 42}),
-        ("add", {"answer": "42"}),
+        
                               ("tableqa", {"answer": [42]}), ("kk", {"answer": {"A": "knight"}}),
                               ("chainsum", {"answer": "4"}),
                               ("qa", {"answer": ["42"], "metric": "f1"})]:
@@ -311,7 +308,7 @@ EVERY = [("math", {"answer": "x+1"}), ("math", {"answer": ["1,2", "(3,4)"]}),
 ("math", {"answer": "7", "acpo_compat": True}),
          ("countdown", {"numbers": [1, 2], "target": 3}),
          ("countdown", {"numbers": [1, 2], "target": 3, "format": "boxed"}),
-         ("add", {"answer": "3"}), ("chainsum", {"answer": "7"}), ("tableqa", {"answer": [1, "a"]}),
+         ("chainsum", {"answer": "7"}), ("tableqa", {"answer": [1, "a"]}),
          ("qa", {"answer": ["a b"]}),
          ("qa", {"answer": ["a b"], "metric": "f1"}), ("kk", {"answer": {"A": "knight"}})]
 TOKENS = r"\frac { } \sqrt ^ _ 1 2 x + - ( ) , \{ \} \text \pi = < [ ] \cup ! % \circ \left & : and \overline".split()
