@@ -275,7 +275,8 @@ COLUMNS = {  # the first that a row has counts
                "messages",         # ms-swift, TRL: chat turns
                "input",            # OpenRLHF
                "0.value"),         # Open-Reasoner-Zero: a list of two turns
-    "answer": ("answer",           # ours, GSM8K, verifiers
+    "answer": ("answer.value",     # MuSR, TriviaQA
+               "answer",           # ours, GSM8K, verifiers
                "reward_model.ground_truth",         # verl
                "verification_info.ground_truth",    # prime-rl
                "ground_truth", "expected_answer",   # PRIME, OpenMathReasoning
@@ -315,7 +316,8 @@ def at(row, path):
     """at({"a": {"b": 1}}, "a.b") is 1; None where there is nothing."""
     for key in path.split("."):
         if isinstance(row, str) and row.startswith("{"):  # an object that was stored as text
-            row = parsed(row)
+            with suppress(ValueError):
+                row = parsed(row)
         if isinstance(row, list):
             row = {str(i): value for i, value in enumerate(row)}
         row = row.get(key) if isinstance(row, dict) else None
@@ -728,7 +730,7 @@ def words(problem, text):
     return question, how
 
 
-DATE = "2024-07-26"  # for templates that ask what day it is: prompts do not change at midnight
+DATE = "2024-07-26"  # for templates that ask what day it is
 CHAT_SECONDS = 10
 
 
@@ -739,14 +741,15 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
         raise ValueError("template chat: this tokenizer has none; choose orz, r1, qwen_math, plain")
     from jinja2 import TemplateError
     variables = {"date": DATE} | template_args
-    variables["strftime_now"] = datetime.fromisoformat(variables.pop("date")).strftime
+    template = at_date(tokenizer.get_chat_template(), variables.pop("date"))
     texts = []
 
     def work():
         try:
             for turns in conversations:
                 texts.append(tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=ask, **variables))
+                    turns, chat_template=template, tokenize=False, add_generation_prompt=ask,
+                    **variables))
         except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
                 RuntimeError, SyntaxError, TypeError, ValueError) as e:
             texts.append(e)
@@ -760,6 +763,15 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
         why = f"{type(texts[-1]).__name__}: {first_line(texts[-1])}"
         raise ValueError(f"the chat template cannot show a question ({why}); see --template")
     return texts
+
+
+def at_date(template, date):
+    """The template with a clock of its own: prompts do not change at midnight."""
+    if "strftime_now" not in template:
+        return template
+    clock = datetime.fromisoformat(date)
+    told = [f"|replace('%{c}', '{clock.strftime('%' + c)}')" for c in "aAbBdmyYjHIMSp"]
+    return f"{{% macro strftime_now(f) %}}{{{{ f{''.join(told)} }}}}{{% endmacro %}}\n{template}"
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
@@ -853,7 +865,9 @@ def nearest(name, known, what):
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """For one line on a terminal: without the codes with which a stranger's text could move it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "".join(c for c in line if c.isprintable())
 
 
 if __name__ == "__main__":
