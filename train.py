@@ -122,6 +122,7 @@ def truth(text):
 COUNT, OR_NONE = {"type": within(1)}, {"type": within(0)}
 WORDS = {"type": str, "nargs": "*"}
 SWITCH = {"type": truth, "nargs": "?", "const": True}
+TEMPLATES = ", ".join(["auto", *data.TEMPLATES])  # a field of Flags is called data, too
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Flags:
     data: str = flag("chainsum", "procedural task, hub dataset, rg:NAME or a local file")
     data_args: tuple = flag((), "configuration of an rg: task, as size=4", **WORDS)
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
-    template: str = flag("auto", f"auto, {', '.join(data.TEMPLATES)}")
+    template: str = flag("auto", TEMPLATES)
     template_args: tuple = flag((), "for chat templates, as enable_thinking=false", **WORDS)
 
     steps: int = flag(100, "rollouts, each followed by --updates gradient steps", **COUNT)
@@ -262,6 +263,7 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     """n scored responses to each question, question-major, on every rank; the questions are spread
     over the ranks. `numbers` (one per question) seed the sampling and name the groups."""
     flags, mine = run.flags, range(RANK, len(questions), WORLD)
+    barrier()
     with whole_weights(run.model):
         rollouts = generate(
             run.model, [questions[i].ids for i in mine], n, flags.max_new_tokens,
@@ -354,6 +356,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
     flags, objective = run.flags, losses.OBJECTIVES[run.flags.loss]
     hyper = flags.hyperparameters() | extra
     parts = microbatches(minibatch, flags.tokens_per_microbatch)
+    barrier()
     # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
     totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
               "winning_groups": len({r.group for r in minibatch if r.advantage > 0})}
@@ -631,6 +634,8 @@ def save(run) -> None:
     name = f"step-{run.step:06d}"
     aside = run.out / f".{name}"
     run.model.save_pretrained(aside, compute_dtype(), write=MAIN)
+    if MAIN:
+        (aside / "resume").mkdir()
     write_tensors(aside / "resume", trained_state(run), torch.float32, write=MAIN)
     if MAIN:
         os.fsync(run.log.file.fileno())  # no checkpoint without the metrics of its steps
@@ -861,7 +866,7 @@ def load_questions(flags, model, tokenizer):
                   model.config.max_position_embeddings - flags.max_new_tokens)
     chat_args = data.parse_args(flags.template_args, "--template_args")
     try:
-        data.check_golds([*problems, *held_out], rewards.check_gold)
+        data.check_golds([*problems, *held_out], getattr(rewards, "check_gold", lambda *a: None))
         return [data.encode(some, flags.template, tokenizer, longest, chat_args)
                 for some in (problems, held_out)]
     except ValueError as e:
@@ -928,20 +933,21 @@ def warm_start(model, tokenizer, flags) -> None:
 # ---- Ranks and signals -------------------------------------------------------------------------
 
 HOST = None  # the group in which the ranks' Python sides meet
+PATIENCE = timedelta(minutes=20)  # for a rank that does not come; --timeout
 
 
 def start_ranks(flags) -> None:
-    global HOST
-    patience = timedelta(minutes=flags.timeout)
+    global HOST, PATIENCE
+    PATIENCE = timedelta(minutes=flags.timeout)
     if DEVICE.type == "cuda":  # FSDP on one GPU too: it keeps float32 masters under bfloat16
         torch.cuda.set_device(DEVICE)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=patience, **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, **alone)
     elif WORLD > 1:
-        dist.init_process_group("gloo", timeout=patience)
+        dist.init_process_group("gloo", timeout=PATIENCE)
     if WORLD > 1:
-        HOST = dist.new_group(backend="gloo", timeout=patience)
+        HOST = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def gather(items: list) -> list:
@@ -949,7 +955,7 @@ def gather(items: list) -> list:
     if WORLD == 1:
         return items
     parts = [None] * WORLD
-    dist.monitored_barrier(HOST)  # says which rank does not come
+    dist.monitored_barrier(HOST, PATIENCE)  # says which rank does not come
     dist.all_gather_object(parts, items, group=HOST)
     return [item for part in parts for item in part]
 
@@ -961,23 +967,26 @@ def barrier() -> None:
 class StopSignal:
     """SIGINT, SIGTERM or SIGHUP: .told, and the loop ends after this step and saves. Another one,
     a second later or more, ends the process at once (launchers pass one and the same on twice). A
-    thread waits for them, because Python's handlers do not run while a rank waits for another."""
+    thread reads them, because Python's handlers do not run while a rank waits for another."""
     SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
     def __init__(self):
-        self.told = self.over = False
+        self.told = False
 
     def __enter__(self):
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows: Ctrl-C ends the run there
-            self.before = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-            threading.Thread(target=self.wait, daemon=True).start()
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.before = {s: signal.signal(s, self.nothing) for s in self.SIGNALS}
+        signal.set_wakeup_fd(self.writer)  # a byte for each signal, written at once
+        threading.Thread(target=self.wait, daemon=True).start()
         return self
+
+    def nothing(self, *_) -> None:
+        """The handler: the thread does the work."""
 
     def wait(self) -> None:
         first = math.inf
-        while not self.over:
-            if not signal.sigtimedwait(self.SIGNALS, 0.2):
-                continue
+        while os.read(self.reader, 1):  # nothing once the writer is closed
             if time.time() - first > 1:
                 os.write(2, b"train.py: ended by a second signal; what was saved is whole\n")
                 os._exit(1)
@@ -985,9 +994,10 @@ class StopSignal:
             self.told = True
 
     def __exit__(self, *_):
-        self.over = True
-        if hasattr(self, "before"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+        signal.set_wakeup_fd(-1)
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+        os.close(self.writer)
 
 
 class Pipe:
@@ -1138,10 +1148,14 @@ def say_goodbye(run) -> None:
 
 
 def fail(why, flags=None) -> str:
-    """The last line of a run that failed. An attempt that wrote nothing leaves no directory."""
+    """The last line of a run that failed. A new one that has not done a step leaves no directory."""
     if LOCKS and (Path(flags.out) / "latest").is_file():
         why += f"; what was saved is whole: go on with --resume --out {flags.out}"
-    elif LOCKS:
+    elif LOCKS and not flags.resume:
+        with suppress(OSError):
+            if not (Path(flags.out) / "metrics.jsonl").stat().st_size:
+                (Path(flags.out) / "metrics.jsonl").unlink()
+                (Path(flags.out) / "config.json").unlink()
         with suppress(OSError):
             (Path(flags.out) / ".lock").unlink()
             Path(flags.out).rmdir()  # fails if there is something in it
