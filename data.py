@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from fractions import Fraction
 from functools import cache
-from itertools import combinations_with_replacement, permutations, product, zip_longest
+from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
 
@@ -275,7 +275,7 @@ COLUMNS = {  # the first that a row has counts
                "messages",         # ms-swift, TRL: chat turns
                "input",            # OpenRLHF
                "0.value"),         # Open-Reasoner-Zero: a list of two turns
-    "answer": ("answer.value",     # MuSR, TriviaQA
+    "answer": ("answer.value",     # TriviaQA
                "answer",           # ours, GSM8K, verifiers
                "reward_model.ground_truth",         # verl
                "verification_info.ground_truth",    # prime-rl
@@ -340,46 +340,32 @@ def text_of(prompt):
 
 
 def golds(answer):
-    """Reference answers of a math problem: one text, or a list of which any counts."""
-    if isinstance(answer, str) and answer.startswith(("['", '["')):  # a list stored as text
-        answer = parsed(answer)
-    several = present(answer) if isinstance(answer, list) else [answer]
-    several = list(dict.fromkeys(gold(one) for one in several))
+    """Of a math problem: one text, or a list of which any counts."""
+    if isinstance(answer, dict):
+        raise ValueError(f"no answer: a text or a number is needed, not {str(answer)[:40]}")
+    if not isinstance(answer, list):
+        return result(str(present(answer))).strip()
+    several = list(dict.fromkeys(golds(one) for one in present(answer)))
     return several if len(several) > 1 else several[0]
 
 
-def gold(answer):
-    """As plain text: "$7$" is 7, 142.0 is 142, 025 is 25; of a worked solution its result."""
-    if isinstance(answer, (dict, list)):
-        raise ValueError(f"no answer: a text or a number is needed, not {str(answer)[:40]}")
-    text = str(present(answer))
-    if re.search(r"\\(boxed|fbox)\b", text):
-        text = boxed(text)
-    *work, text = re.split(r"####|[Aa]nswer is:?", text)  # GSM8K, MetaMath
-    if work:
-        text = re.sub(r",(?=\d{3}\b)", "", text.strip().rstrip("."))
-    text = re.sub(r"(?<!\\)\$", "", text).strip()
-    text = re.sub(r"^(-?\d+)\.0+$", r"\1", text)
-    return present(re.sub(r"^(-?)0+(?=\d+$)", r"\1", text))
+def result(solution):
+    """What a worked solution ends with: GSM8K's "#### 18", or the last box. All else that a gold
+    may say in several ways (025, $7$, a list stored as text) is known to rewards.py."""
+    solution = solution.rpartition("####")[2]
+    boxes = re.split(r"\(?:boxed|fbox)\s*(?=\{)", solution)[1:]
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", boxes[-1] if boxes else "", re.S):  # \{ does not count
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return boxes[-1][1:token.start()]
+    return solution
 
 
 def present(answer):
     if answer in (None, [], {}) or not str(answer).strip():
         raise ValueError("no answer: every row needs a non-empty one")
     return answer
-
-
-def boxed(solution):
-    """What the last \\boxed{...} or \\fbox{...} holds, or the "\\boxed 3" that MATH has too."""
-    rest = re.split(r"\\(?:boxed|fbox)\s*", solution)[-1]
-    if not rest.startswith("{"):
-        return re.split(r"[$\s]", rest)[0].rstrip(".,")
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", rest, re.S):  # \{ and \} do not count
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0:
-            return rest[1:token.start()]
-    raise ValueError("unterminated \\boxed")
 
 
 def listed(answer):
@@ -457,19 +443,16 @@ class Rows:
 
     def __init__(self, path):
         self.path = path
-        self.what = "line"
+        self.what = "line" if path.suffix in (".jsonl", ".csv") else "row"
         self.number = 1
 
     def __iter__(self):
         if self.path.suffix == ".parquet":
             import pyarrow.parquet
-            self.what = "row"
             return self.count(pyarrow.parquet.read_table(self.path).to_pylist())
         text = self.path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which Windows puts there
         if self.path.suffix == ".json" and text.lstrip().startswith(b"["):
-            rows = json.loads(text.decode())
-            self.what = "row"
-            return self.count(rows)
+            return self.count(json.loads(text.decode()))
         lines = (line.decode() for line in self.count(text.splitlines(True)))
         if self.path.suffix == ".csv":
             return csv.DictReader(lines, restkey="more fields than the header has", strict=True)
@@ -487,10 +470,6 @@ def dapo(row):
     asks = (r"^Solve the following math problem step by step\. The last line .*? answer to the "
             r"problem\.\s*|\s*Remember to put your answer on its own line after \"Answer:\"\.?\s*$")
     return {**row, "prompt": re.sub(asks, "", row["prompt"], flags=re.S)}
-
-
-def aime(row):  # one answer of aime25 is in degrees
-    return {**row, "answer": row["answer"].removesuffix(r"^\circ")}
 
 
 def olympiad(row):  # final_answer holds one text, which lists all values that are asked for
@@ -554,7 +533,7 @@ SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
     "math500": source("HuggingFaceH4/MATH-500", dict, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
                       test=("test", 500)),
     "aime24": source("HuggingFaceH4/aime_2024", test=("train", 30)),
-    "aime25": source("math-ai/aime25", aime, "563bb8404243c5f09de6ec262f2db674fe5bce9b",
+    "aime25": source("math-ai/aime25", dict, "563bb8404243c5f09de6ec262f2db674fe5bce9b",
                      test=("test", 30)),
     "aime26": source("MathArena/aime_2026", test=("train", 30)),
     "amc23": source("math-ai/amc23", dict, "80815d37005feb82cd7f8fbc6901d5d3eff43057",
@@ -691,18 +670,13 @@ MAX_CHARS = 10**6
 
 
 def unwritten(text, ids, tokenizer):
-    """The first character that is not read back from the tokens, "" if all are."""
-    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """The first character that is not read back from the tokens, None if all are."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if normalizer:  # NFC, say, joins e and an accent: nothing is lost
         text = normalizer.normalize_str(text)
-        back = normalizer.normalize_str(back)
-    pairs = zip_longest(visible(text), visible(back), fillvalue="")
-    return next((a for a, b in pairs if a != b), "")
-
-
-def visible(text):  # tokenizers write spaces in their own way
-    return [c for c in text if c.isprintable() and c not in " \u2581"]
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    written = {*back, " ", "\u2581"}  # tokenizers write spaces in their own way
+    return next((c for c in text if c.isprintable() and c not in written), None)
 
 
 def render(problems, template, tokenizer, template_args={}):

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 import time
@@ -47,6 +46,7 @@ MAIN = RANK == 0
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
+BATCH = 4096 if CUDA else 256  # responses per rank between two writes to disk
 
 
 def evaluate(args):
@@ -73,8 +73,10 @@ def evaluate(args):
             if args.temperature:
                 path = args.out / f"greedy_{name}.jsonl"
                 greedy = collect(path, asked, Sampling(1, 0.0, 1.0, 0), job, scorer)
-            results[name] = (score_rows(rows, args.n, args.k) | source_of(tasks[name], asked)
-                             | {"greedy": mean([row["score"] for row in greedy])})
+            hub = data.SOURCES.get(name, {}).get("test")
+            results[name] = score_rows(rows, args.n, args.k) | {
+                "greedy": mean([row["score"] for row in greedy]),
+                "source": hub and f"{hub.hub}@{hub.revision}"}
             if args.compare and name in read_results(args.compare):
                 differences[name] = compare(rows, args.n, args.compare, name)
     if MAIN:
@@ -121,15 +123,14 @@ def origin(name):
     """(flags of the train.py run that a checkpoint belongs to, or {}; directory of the results)."""
     path = Path(name)
     if not path.is_dir():
-        return {}, Path("runs") / f"eval-{name.strip('/').replace('/', '--')}"
+        return {}, Path("runs") / f"eval-{name.replace('/', '--')}"
     for directory in (path, path.resolve().parent):
-        if (directory / "config.json").is_file():
-            flags = read_json(directory / "config.json")
-            if {"data", "eval_data", "save_every"} <= set(flags):
-                if directory == path and not (path / "latest").is_file():
-                    raise ValueError(f"{path}: this run has no checkpoint yet; train.py writes one "
-                                     f"every {flags['save_every']} steps")
-                return flags, path
+        flags = read_json(directory / "config.json")
+        if "save_every" in flags:  # not the config.json of a model
+            if directory == path and not (path / "latest").is_file():
+                raise ValueError(f"{path}: no checkpoint yet; this run writes one every "
+                                 f"{flags['save_every']} steps")
+            return flags, path
     return {}, path
 
 
@@ -190,7 +191,7 @@ def collect(path, questions, sampling, job, scorer):
         if rows:
             tqdm.write(f"{path.name}: {len(rows)} of {len(heads)} responses are there already")
     rows = gather(rows)
-    step = max(1, job.args.batch_size // n) * WORLD
+    step = max(1, BATCH // n) * WORLD
     # disable=None: no bar where the output is no terminal
     with open(path if MAIN else os.devnull, "a", encoding="utf-8") as file, \
             tqdm(total=len(heads), initial=len(rows), desc=path.stem, unit=" responses",
@@ -301,9 +302,7 @@ def report(results, n, ks):
     for name, r in results.items():
         lines.append([name, percent(r[f"avg@{n}"], r["se"]), *(percent(r[s]) for s in shares),
                       f"{r['length']:.1f}", str(r["questions"])])
-    notes = [f"{name}: {r['hub']}, {r['any_of']} questions where any of several answers counts"
-             for name, r in results.items() if r["hub"]]
-    return "\n".join([table(lines), *notes])
+    return table(lines)
 
 
 def table(lines):
@@ -385,21 +384,12 @@ def write(path, text):
 
 
 def read_json(path):
+    """The object in a file, {} if there is no such file."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as e:
         raise ValueError(f"{path}: not JSON ({e})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return found
-
-
-def source_of(task, questions):
-    """Where the questions came from."""
-    hub = data.SOURCES.get(task, {}).get("test")
-    any_of = sum(isinstance(q.problem.answer.get("answer"), list) for q in questions)
-    return {"task": task, "any_of": any_of,
-            "hub": hub and hub.hub, "revision": hub and hub.revision}
+    return found if isinstance(found, dict) else {}
 
 
 def record(results, protocol, job, began):
@@ -407,9 +397,8 @@ def record(results, protocol, job, began):
     grader = hashlib.sha256(Path(rewards.__file__).read_bytes()).hexdigest()[:12]
     return {"results": results, "model": job.args.checkpoint, "checkpoint": str(job.model.source),
             "config": protocol | {"k": job.args.k, "limit": job.args.limit, "dtype": str(DTYPE)},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "rewards.py": grader},
-            "date": round(began), "seconds": round(time.time() - began, 1)}
+            "versions": {"torch": torch.__version__, "rewards.py": grader},
+            "date": round(began), "seconds": round(time.time() - began)}
 
 
 # ---- Comparison with another results.json --------------------------------------------------------
@@ -433,29 +422,33 @@ def read_results(path):
 def compare(rows, n, other, task):
     """The paired difference between these rows and those of another results.json, over the
     questions that both have: mean and standard error; noise if it is below two of these."""
-    result = read_results(other)[task]
+    theirs = read_results(other)[task]
     file = other.parent / f"samples_{task}.jsonl"
-    others = read_rows(file)[:result["n"] * result["questions"]]
-    if {row["run"] for row in others} != {result["run"]}:
+    stored = read_rows(file)[:theirs["n"] * theirs["questions"]]
+    if {row["run"] for row in stored} != {theirs["run"]}:
         raise ValueError(f"{file} has not the responses that {other} was made of")
-    ours = by_question(rows, n)
-    theirs = by_question(others, result["n"])
-    both = [question for question in ours if question in theirs]
+    a = by_question(rows, n)
+    b = by_question(stored, theirs["n"])
+    both = [question for question in a if question in b]
     if not both:
         raise ValueError(f"--compare {other}: its {task} holds other questions, there are no pairs")
-    group = {(row["id"], str(row["answer"])): row["group"] for row in rows}
-    d = [ours[question] - theirs[question] for question in both]
-    se = standard_error(d, [group[question] for question in both])
-    noise = se is None or abs(mean(d)) < 2 * se or mean(d) == 0
-    return {"ours": mean([ours[q] for q in both]), "other": mean([theirs[q] for q in both]),
-            "difference": mean(d), "se": se, "questions": len(d),
-            "verdict": "noise (below 2 SE)" if noise else "better" if mean(d) > 0 else "worse"}
+    differences = [a[question][0] - b[question][0] for question in both]
+    difference = mean(differences)
+    se = standard_error(differences, [a[question][1] for question in both])
+    noise = se is None or abs(difference) < 2 * se or difference == 0
+    return {"ours": mean([a[question][0] for question in both]),
+            "other": mean([b[question][0] for question in both]),
+            "difference": difference, "se": se, "questions": len(both),
+            "verdict": "noise (below 2 SE)" if noise else "better" if difference > 0 else "worse"}
 
 
 def by_question(rows, n):
-    """{(id, answer): mean score}: a corrected answer makes another question."""
-    return {(rows[i]["id"], str(rows[i]["answer"])): mean([row["score"] for row in rows[i:i + n]])
-            for i in range(0, len(rows), n)}
+    """{(id, answer): (mean score, group)}: with another answer it is another question."""
+    found = {}
+    for i in range(0, len(rows), n):
+        question = (rows[i]["id"], str(rows[i]["answer"]))
+        found[question] = (mean([row["score"] for row in rows[i:i + n]]), rows[i]["group"])
+    return found
 
 
 def report_differences(differences):
@@ -500,8 +493,6 @@ def parse(argv):
     add("--out", type=Path, help="directory of the results (default: run or checkpoint)")
     add("--compare", type=Path, metavar="RESULTS", help="another results.json: paired difference")
     add("--acpo_compat", action="store_true", help="grade math by the ACPO paper's rule")
-    add("--batch_size", type=count, default=4096 if CUDA else 256,
-        help="responses per rank between two writes (4096 on CUDA, 256 on CPU)")
     add("--threads", type=count, default=1, help="CPU threads (1): more than free cores is slower")
     add("--list", action="store_true", help="print suites and tasks, and stop")
     args, rest = parser.parse_known_args(argv)
@@ -542,9 +533,8 @@ def main():
         if args.list:
             for suite, tasks in SUITES.items():
                 print(f"suite {suite}: {' '.join(tasks)}")
-            for task, splits in data.SOURCES.items():
-                if "test" in splits:
-                    print(f"{task}: {splits['test'].hub}")
+            more = [task for task in data.SOURCES if "test" in data.SOURCES[task]]
+            print(f"also: {' '.join(more)} rg:NAME")
             return
         torch.set_num_threads(args.threads)
         if CUDA:
