@@ -211,7 +211,7 @@ def edge(lens, sign, side) -> dict:
     exists = inside(far / 1e5) & ~inside(far) & ~smooth
     capped = (exists & ~ends).any().item()
     near = torch.zeros_like(P)
-    for _ in range(40):
+    for _ in range(20 if exists.any() else 0):  # to 3e-6
         middle = (near + far) / 2
         goes_on = inside(middle)
         near = torch.where(goes_on, middle, near)
