@@ -85,8 +85,9 @@ def evaluate(args):
         print("\n" + report(results, args.n, args.k))
         if differences:
             print(f"\nagainst {args.compare}:\n{report_differences(differences)}")
+        responses = shlex.quote(str(args.out / f"samples_{name}.jsonl"))
         print(f"\n{time.time() - began:.0f} s. {target}, and the responses beside it; to read "
-              f"them: python experiments/samples_page.py {shlex.quote(str(args.out))}")
+              f"them: python experiments/microscope.py {responses}")
 
 
 PROTOCOL = """n temperature top_p max_new_tokens template template_args data_args seed

@@ -23,7 +23,6 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
-from experiments import samples_page  # noqa: E402
 from model import Model  # noqa: E402
 
 
@@ -476,21 +475,7 @@ def test_bad_files(call, tmp_path):
     assert f"'{tmp_path}/results.json" in line_of(call, "--out", tmp_path / "results.json" / "sub")
 
 
-# ---------------------------------------------------------------- the page of samples, and the real command
-
-def test_the_page_shows_failures_first_and_trusts_no_response(tmp_path):
-    rows = [row("right-one", score=1.0), row("evil", response="<script>alert('x')</script>", status="no_answer"),
-            row("cut", finished=False, status="no_answer")] + [row(f"wrong-{i}", j) for i in range(5) for j in range(3)]
-    file = write(tmp_path / "samples_t.jsonl", *rows)
-    with open(file, "a") as f:
-        f.write('{"id": "half')  # an evaluation that is still going on
-    page = samples_page.page(tmp_path, most=5).read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page
-    assert page.index("evil") < page.index("right-one") and "truncated: 1 (5.6%)" in page
-    assert "wrong: 15 (83.3%), 5 shown" in page and all(f"wrong-{i}, sample 0" in page for i in range(5))
-    with pytest.raises(SystemExit, match="no samples_"):
-        samples_page.page(tmp_path / "nothing")
-
+# ---------------------------------------------------------------- the real command
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
