@@ -353,7 +353,7 @@ def result(solution):
     """What a worked solution ends with: GSM8K's "#### 18", or the last box. All else that a gold
     may say in several ways (025, $7$, a list stored as text) is known to rewards.py."""
     solution = solution.rpartition("####")[2]
-    boxes = re.split(r"\(?:boxed|fbox)\s*(?=\{)", solution)[1:]
+    boxes = re.split(r"\\(?:boxed|fbox)\s*(?=\{)", solution)[1:]
     depth = 0
     for token in re.finditer(r"\\.|[{}]", boxes[-1] if boxes else "", re.S):  # \{ does not count
         depth += {"{": 1, "}": -1}.get(token[0], 0)
