@@ -98,30 +98,11 @@ def train(run: "Run") -> None:
 
 # ---- Flags -------------------------------------------------------------------------------------
 
-def flag(default, text, **how):
-    """A field of Flags; `how` goes to argparse. Kinds of numbers: see within()."""
-    return field(default=default, metadata={"help": text, **how})
+def flag(default, text, **limits):
+    """A field of Flags. limits: least, most (of a number), choices."""
+    return field(default=default, metadata={"help": text, **limits})
 
 
-def within(least, most=10**12, kind=int):
-    """A type for argparse: a number from `least` to `most`."""
-    def number(text):
-        value = kind(text)
-        if not least <= value <= most:  # nan is not either
-            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
-        return value
-    return number
-
-
-def truth(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
-    return text.lower() == "true"
-
-
-COUNT, OR_NONE = {"type": within(1)}, {"type": within(0)}
-WORDS = {"type": str, "nargs": "*"}
-SWITCH = {"type": truth, "nargs": "?", "const": True}
 TEMPLATES = ", ".join(["auto", *data.TEMPLATES])  # a field of Flags is called data, too
 
 
@@ -129,7 +110,7 @@ TEMPLATES = ", ".join(["auto", *data.TEMPLATES])  # a field of Flags is called d
 class Flags:
     """Every flag is a field. The defaults are the laptop run."""
     loss: str = flag("acpo", "objective, by its name in losses.py")
-    loss_args: tuple = flag((), "its hyper-parameters, as alpha=2 eps=0.1", **WORDS)
+    loss_args: tuple = flag((), "its hyper-parameters, as alpha=2 eps=0.1")
     advantage: str = flag("", f"{', '.join(losses.ADVANTAGES)} (default: the objective's own)")
     agg: str = flag("", f"{', '.join(losses.AGGREGATIONS)} (default: the objective's own)")
     acpo_stats: str = flag("batch", "ACPO's statistics: over the mini-batch of all ranks, or micro "
@@ -137,65 +118,64 @@ class Flags:
 
     model: str = flag("", "checkpoint directory or hub id (default: a new small model)")
     data: str = flag("chainsum", "procedural task, hub dataset, rg:NAME or a local file")
-    data_args: tuple = flag((), "configuration of an rg: task, as size=4", **WORDS)
+    data_args: tuple = flag((), "configuration of an rg: task, as size=4")
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
     template: str = flag("auto", TEMPLATES)
-    template_args: tuple = flag((), "for chat templates, as enable_thinking=false", **WORDS)
+    template_args: tuple = flag((), "for chat templates, as enable_thinking=false")
 
-    steps: int = flag(100, "rollouts, each followed by --updates gradient steps", **COUNT)
-    prompts: int = flag(32, "questions per step", **COUNT)
-    samples: int = flag(16, "responses per question: the group", **COUNT)
-    updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups", **COUNT)
-    epochs: int = flag(1, "passes over each rollout", **COUNT)
-    max_prompt_tokens: int = flag(1024, "a longer prompt is an error", **COUNT)
+    steps: int = flag(100, "rollouts, each followed by --updates gradient steps")
+    prompts: int = flag(32, "questions per step")
+    samples: int = flag(16, "responses per question: the group")
+    updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups")
+    epochs: int = flag(1, "passes over each rollout")
+    max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
     max_new_tokens: int = flag(0, "longest response (0: 1024 with --model, else twice the longest "
-                               "demonstration)", **OR_NONE)
+                               "demonstration)")
     temperature: float = flag(1.0, "of sampling, and of the trained log-probs",
-                              type=within(1e-3, 1e3, float))
+                              least=1e-3)
     dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups "
-                                 "whose scores are all equal", **OR_NONE)
-    overlong_buffer: int = flag(0, "DAPO: the last so many tokens cost reward, 1 in all", **OR_NONE)
-    mask_truncated: bool = flag(False, "cut responses stay out of the loss", **SWITCH)
+                                 "whose scores are all equal")
+    overlong_buffer: int = flag(0, "DAPO: the last so many tokens cost reward, 1 in all")
+    mask_truncated: bool = flag(False, "cut responses stay out of the loss")
     old_logp: str = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more "
                          "forward pass over the rollout", choices=("sampler", "trainer"))
 
     lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B",
-                     type=within(1e-12, 1e3, float))
+                     least=1e-12)
     beta2: float = flag(0.95, "of Adam; verl's, and so ACPO's, is 0.999",
-                        type=within(0, 0.999999, float))
-    warmup: int = flag(0, "steps of linear warm-up; then the rate is constant", **OR_NONE)
+                        most=0.999999)
+    warmup: int = flag(0, "steps of linear warm-up; then the rate is constant")
     weight_decay: float = flag(0.01, "of matrices; norms and biases have none",
-                               type=within(0, 1, float))
-    clip_norm: float = flag(1.0, "largest gradient norm (0: any)", type=within(0, kind=float))
-    kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model",
-                          type=within(0, kind=float))
+                               most=1)
+    clip_norm: float = flag(1.0, "largest gradient norm (0: any)")
+    kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
     tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory "
-                                      "runs out (0: 16384 on CUDA, 4096 on CPU)", **OR_NONE)
-    recompute: bool = flag(False, "activation checkpointing: less memory, more compute", **SWITCH)
-    compile: bool = flag(False, "torch.compile the blocks for the update", **SWITCH)
-    offload: bool = flag(False, "keep weights, gradients and Adam states in CPU memory", **SWITCH)
+                                      "runs out (0: 16384 on CUDA, 4096 on CPU)")
+    recompute: bool = flag(False, "activation checkpointing: less memory, more compute")
+    compile: bool = flag(False, "torch.compile the blocks for the update")
+    offload: bool = flag(False, "keep weights, gradients and Adam states in CPU memory")
     shards_per_replica: int = flag(0, "HSDP: ranks that share one copy of the weights, as the 8 "
-                                   "of a node (0: all)", **OR_NONE)
+                                   "of a node (0: all)")
     kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: 60 %% of the free GPU memory, "
-                          "2 GiB on CPU)", **OR_NONE)
+                          "2 GiB on CPU)")
 
-    width: int = flag(64, "hidden size of the new small model", **COUNT)
-    layers: int = flag(2, "layers of the new small model", **COUNT)
+    width: int = flag(64, "hidden size of the new small model")
+    layers: int = flag(2, "layers of the new small model")
     skill_steps: int = flag(500, "warm start: steps on demonstrations that work things out "
-                            "(0: no warm start at all)", **OR_NONE)
-    habit_steps: int = flag(100, "warm start: steps on demonstrations that guess", **OR_NONE)
+                            "(0: no warm start at all)", least=0)
+    habit_steps: int = flag(100, "warm start: steps on demonstrations that guess", least=0)
 
-    seed: int = flag(0, "of data order, sampling and the new model", type=within(0, 2**20))
+    seed: int = flag(0, "of data order, sampling and the new model", most=2**20)
     out: str = flag("", "run directory (default: runs/default, or the next free runs/default-N)")
-    resume: bool = flag(False, "continue the run in --out from its last checkpoint", **SWITCH)
+    resume: bool = flag(False, "continue the run in --out from its last checkpoint")
     resume_from: str = flag("", "with --resume: from this checkpoint instead, as step-000100")
-    eval_every: int = flag(10, "steps between held-out evaluations", **COUNT)
-    eval_problems: int = flag(512, "held-out problems, one sampled response each", **COUNT)
-    save_every: int = flag(50, "steps between checkpoints; the last is always saved", **COUNT)
-    keep: int = flag(2, "newest checkpoints kept", **COUNT)
-    threads: int = flag(1, "CPU threads: more than are free is far slower than one", **COUNT)
+    eval_every: int = flag(10, "steps between held-out evaluations")
+    eval_problems: int = flag(512, "held-out problems, one sampled response each")
+    save_every: int = flag(50, "steps between checkpoints; the last is always saved")
+    keep: int = flag(2, "newest checkpoints kept")
+    threads: int = flag(1, "CPU threads: more than are free is far slower than one")
     timeout: int = flag(20, "minutes until a rank that hangs ends the others; longer than the "
-                        "longest rollout", **COUNT)
+                        "longest rollout")
 
     def hyperparameters(self) -> dict:
         return data.parse_args(self.loss_args, "--loss_args")
@@ -288,8 +268,7 @@ def evaluate(run) -> float:
     """Mean score of one sampled response to each held-out question; seeds are below 0, training's
     are not, so that neither touches the other."""
     numbers = [-1 - i for i in range(len(run.held_out))]
-    rollouts = sample(run, run.held_out, numbers, 1)
-    return sum(r.score for r in rollouts) / len(rollouts)
+    return mean(r.score for r in sample(run, run.held_out, numbers, 1))
 
 
 @contextmanager
@@ -541,20 +520,23 @@ class Meter:
 
 def gradient_norms(norms) -> dict:
     finite = [norm for norm in norms if math.isfinite(norm)]
-    mean = sum(finite) / len(finite) if finite else None
-    return {"grad_norm": mean, "skipped": len(norms) - len(finite)}
+    return {"grad_norm": mean(finite) if finite else None, "skipped": len(norms) - len(finite)}
 
 
 def describe(rollouts, flags) -> dict:
     """Metrics of everything that was sampled in a step."""
-    count, groups = len(rollouts), groups_of(rollouts, flags.samples)
-    flat = [group for group in groups if len({r.score for r in group}) == 1]
-    shares = {s: sum(r.status == s for r in rollouts) / count for s in STATUSES}
+    groups = groups_of(rollouts, flags.samples)
+    shares = {status: mean(r.status == status for r in rollouts) for status in STATUSES}
     return shares | {
-        "reward": sum(r.score for r in rollouts) / count,
-        "length": sum(r.length for r in rollouts) / count,
-        "truncated": sum(not r.finished for r in rollouts) / count,
-        "zero_groups": len(flat) / len(groups), "refills": len(groups) - flags.prompts}
+        "reward": mean(r.score for r in rollouts), "length": mean(r.length for r in rollouts),
+        "truncated": mean(not r.finished for r in rollouts),
+        "zero_groups": mean(len({r.score for r in group}) == 1 for group in groups),
+        "refills": len(groups) - flags.prompts}
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 class Log:
@@ -855,10 +837,8 @@ def load_questions(flags, model, tokenizer):
     if flags.eval_data or procedural or "test" in data.SOURCES.get(flags.data, ()):
         held_out = data.load(flags.eval_data or flags.data, "test", n=flags.eval_problems, args=args)
     else:
-        every = 10 if len(problems) >= 10 else 2  # spread: the file may be sorted
-        held_out = problems[every - 1::every][:flags.eval_problems]
-        kept_back = {p.id for p in held_out}
-        problems = [p for p in problems if p.id not in kept_back]
+        held_out = problems[1::10][:flags.eval_problems]  # spread: the file may be sorted
+        problems = [p for p in problems if p not in held_out]
         if not held_out:
             raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and held "
                              "out; give --eval_data")
@@ -1026,9 +1006,9 @@ def parse(argv) -> Flags:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = complain
     for f in dataclasses.fields(Flags):
-        usual = f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"]
-        how = {"type": f.type, **f.metadata, "help": usual, "metavar": f.name.upper()}
-        parser.add_argument(f"--{f.name}", default=f.default, **how)
+        usual = f" ({f.default})" if f.default else ""
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + usual,
+                            choices=f.metadata.get("choices"), metavar=f.name.upper(), **reader(f))
     typed, _ = parser.parse_known_args(argv)
     if typed.resume:  # the run's own flags, and what is typed now goes before
         argv = flags_of_run(typed.out) + argv
@@ -1045,6 +1025,31 @@ def parse(argv) -> Flags:
 
 def complain(message):
     raise ValueError(f"{message}; --help lists every flag")
+
+
+def reader(f) -> dict:
+    """How argparse reads a flag of this type."""
+    if f.type is tuple:
+        return {"type": str, "nargs": "*"}
+    if f.type is bool:
+        return {"type": truth, "nargs": "?", "const": True}
+    if f.type is str:
+        return {"type": str}
+    least = f.metadata.get("least", int(f.type is int and f.default > 0))
+    most = f.metadata.get("most", 10**12)
+
+    def number(text):
+        value = f.type(text)
+        if not least <= value <= most:  # nan is not either
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
+        return value
+    return {"type": number}
+
+
+def truth(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
+    return text.lower() == "true"
 
 
 def flags_of_run(out) -> list[str]:
