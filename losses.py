@@ -9,7 +9,7 @@ The field argues over one line: what to do with the importance ratio, pi / pi_ol
 objective takes a Batch `b` and returns a loss per token, (B,T), as its paper writes it; autograd
 does the rest. Each is a weight w on the policy gradient, grad loss = -mean(w grad log pi), where
 w = ratio A if nothing is clipped, and differs from the others only in w. Read downwards: every
-family changes one thing. docs/objectives.md has the official code, and where the two differ.
+family changes one thing. (sg[..]: a number without gradient. docs/objectives.md: official code.)
 """
 import difflib
 import inspect
@@ -285,7 +285,7 @@ def topr(b):
 # ---- 4. Another weight: capped, bent or smooth, and by another measure than the ratio ------------
 @objective("token-mean")
 def cispo(b, eps_low=1.0, eps_high=0.3):
-    """CISPO (2506.13585): -sg[clamp(ratio)] A log pi, sg: as a number, no gradient"""
+    """CISPO (2506.13585): -sg[clamp(ratio)] A log pi. Clips the weight and drops no token."""
     outside(b, 1 - eps_low, 1 + eps_high)
     return -b.ratio.detach().clamp(1 - eps_low, 1 + eps_high) * b.A * b.logp
 @objective("seq-mean-token-mean")

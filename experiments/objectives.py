@@ -1,147 +1,136 @@
-"""Every objective as what it is, a weight on the policy gradient, drawn, timed and checked from the code itself.
+"""Every objective as what it is, a weight on the policy gradient: drawn, and checked.
 
-    python experiments/objectives.py            the figure, experiments/figures/objectives.png: w/A against the ratio r
-    python experiments/objectives.py --cost     forward + backward on 64 x 2048 tokens, as a ratio to grpo
-    python experiments/objectives.py --errors   distance from the official numbers and from the weight table
+    python experiments/objectives.py             draws experiments/figures/objectives.png
+    python experiments/objectives.py --errors    distance from the official code and from the table
 
-All curves come from autograd: grad loss = -w grad log pi at one token, with A = +1 and A = -1. An objective of your own
-appears in the figure by itself; ../README.md explains the families.
+The curves come from the code itself, by autograd: grad loss = -w grad log pi at one token, with
+A = +1 and A = -1. An objective of your own appears by itself.
 """
 import argparse
-import json
 import math
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from losses import OBJECTIVES, policy_loss, ratio_moments  # noqa: E402
+from losses import OBJECTIVES, policy_loss  # noqa: E402
 
-FAMILIES = {  # in the order of the figure, six panels a row
-    "A fixed band": ["grpo", "dr_grpo", "dapo", "kl3", "wapo", "raft"],
-    "A band that adapts": ["acpo", "etr", "dcpo", "gapo", "bapo", "m2po"],
-    "The ratio of a response or a prefix": ["gspo", "gmpo", "ctpo", "vespo"],
-    "No ratio": ["gpg", "rloo"],
-    "A stop-gradient weight": ["cispo", "cispo_masked", "gppo", "ce_gppo", "aspo", "dgpo"],
-    "A smooth gate or a penalty": ["sapo", "r2vpo", "dro", "kl_cov"],
-    "A divergence instead of the ratio": ["dppo_tv", "dppo_kl"],
-    "A selection of tokens": ["entropy_top", "entropy_bottom", "ar_lopti", "clip_cov"],
-    "Winners and losers apart": ["psr_nsr", "topr"],
+COLUMNS = 6
+FAMILIES = {  # the sections of losses.py
+    "A fixed band around ratio 1": ["grpo", "dr_grpo", "dapo", "kl3", "psr_nsr", "wapo"],
+    "A band that adapts": ["acpo", "etr", "dcpo", "bapo", "m2po"],
+    "The ratio of the response or of its prefix": ["gspo", "gmpo", "ctpo", "vespo", "topr"],
+    "Another weight": ["cispo", "cispo_masked", "gppo", "ce_gppo", "dgpo", "aspo", "dppo_tv",
+                       "dppo_kl", "sapo", "dro"],
+    "Which tokens may learn": ["entropy_top", "entropy_bottom", "ar_lopti", "clip_cov", "kl_cov"],
+    "No ratio": ["gpg", "rloo", "raft"],
 }
+
+# Objectives that look at more than the ratio: a line, from light to dark, for each value of that.
+BY_PROBABILITY = {f"old p {p_old}": dict(p_old=p_old) for p_old in (0.1, 0.5, 0.9)}
+LINES = {
+    "acpo": BY_PROBABILITY, "dcpo": BY_PROBABILITY, "ar_lopti": BY_PROBABILITY,
+    "dppo_tv": BY_PROBABILITY, "dppo_kl": BY_PROBABILITY,
+    "etr": {"1 of 8 right": dict(pass_rate=1 / 8), "4 of 8 right": dict(pass_rate=1 / 2)},
+    "bapo": {"7 of 10 win": dict(winners=0.7), "3 of 10 win": dict(winners=0.3)},
+    "m2po": {"noisy: std log r 0.5": dict(std=0.5), "calm: std log r 0.1": dict(std=0.1)},
+    "aspo": {"certain token": {}, "uncertain token": dict(eps=0.4)},
+    "clip_cov": {"drawn: 0 everywhere": dict(k=1.0, cov_low=-1e9, cov_high=1e9),
+                 "others": dict(cov_low=1e9)},
+    "kl_cov": {"others": dict(beta=0.0), "high covariance": dict(k=1.0)},
+}
+NOTES = {"acpo": "std .3(1-p)", "ctpo": "its first token", "psr_nsr": "A > 0 weighs 0.1",
+         "entropy_top": "top fifth; others 0", "entropy_bottom": "lowest 80%; others 0"}
+for name in ("gspo", "gmpo", "vespo", "topr"):
+    NOTES[name] = "r of the response"
 
 
 def families():
     """FAMILIES, and whatever else is registered: yours."""
-    shown = {name for names in FAMILIES.values() for name in names}
+    shown = sum(FAMILIES.values(), [])
     own = [name for name in OBJECTIVES if name not in shown]
     return FAMILIES | ({"Your own": own} if own else {})
 
 
-# ---- The figure ----------------------------------------------------------------------------------------------
-
-by_probability = [(f"{q}", dict(q=q)) for q in (0.1, 0.5, 0.9)]
-LINES = {  # objectives that look at more than r: one line, light to dark, for each value of what they look at
-    "acpo": by_probability, "dcpo": by_probability, "dppo_tv": by_probability, "dppo_kl": by_probability,
-    "ar_lopti": by_probability,
-    "etr": [("1 of 8 right", dict(pass_rate=1 / 8)), ("4 of 8 right", dict(pass_rate=1 / 2))],
-    "gapo": [("7 of 8 right", dict(pass_rate=7 / 8)), ("1 of 8 right", dict(pass_rate=1 / 8))],
-    "bapo": [("7 of 10 have A > 0", dict(positive=0.7)), ("3 of 10 have A > 0", dict(positive=0.3))],
-    "m2po": [("noisy: std log r 0.5", dict(std=0.5)), ("calm: std log r 0.1", dict(std=0.1))],
-    "aspo": [("certain token", {}), ("uncertain token", dict(eps=0.4))],
-    "clip_cov": [("drawn: 0 everywhere", dict(k=1.0, cov_low=-1e9, cov_high=1e9)), ("others", dict(cov_low=1e9))],
-    "kl_cov": [("others", dict(beta=0.0)), ("high covariance", dict(k=1.0))],
-}
-NOTES = {"acpo": "std r = 0.3 (1 - p)", "entropy_top": "top fifth; others 0", "entropy_bottom": "lowest 80%; others 0",
-         "ctpo": "its first token", "psr_nsr": "A > 0 weighs 0.1"}
-NOTES |= {name: "r of the response" for name in ("gspo", "gmpo", "vespo", "topr")}
-
-
-def background(n=60_000, std=0.3, positive=0.5, equal=False):
-    """A batch for objectives that look at it: any old probability; the noise shrinks as that grows, unless `equal`."""
+def background(std=0.3, winners=0.5, equal=False, n=60_000):
+    """Other tokens, (n,1), for objectives with a statistic of the batch: any old probability; the
+    noise of the ratio shrinks as that grows, unless `equal`."""
     rng = torch.Generator().manual_seed(0)
-    q = torch.rand(n, 1, generator=rng, dtype=torch.float64) * 0.98 + 0.01
-    d = torch.randn(n, 1, generator=rng, dtype=torch.float64) * std * (1 if equal else 1 - q)
-    adv = torch.where(torch.rand(n, 1, generator=rng) < positive, 1.0, -1.0).double()
-    return (q.log() + d).clamp(max=-1e-4), q.log(), adv
+    p_old = torch.rand(n, 1, generator=rng, dtype=torch.float64) * 0.98 + 0.01
+    noise = torch.randn(n, 1, generator=rng, dtype=torch.float64) * std
+    logp = p_old.log() + (noise if equal else noise * (1 - p_old))
+    adv = torch.where(torch.rand(n, 1, generator=rng) < winners, 1.0, -1.0).double()
+    return logp.clamp(max=-1e-4), p_old.log(), adv
 
 
-def weight(name, ratio, A, q=0.05, pass_rate=0.5, std=None, positive=None, **hyperparameters):
-    """w/A at each ratio, for one-token responses; nan where the new probability would be above 1."""
-    old = torch.full_like(ratio, q).log()[:, None]
-    logp, adv = old + ratio.log()[:, None], torch.full_like(old, A)
-    totals = {"tokens": 1}  # token-mean "over one token" is a sum: each gradient is the token's own weight
-    if name == "acpo":
-        totals["moments"] = ratio_moments(*background()[:2], torch.ones(60_000, 1))
-    if std or positive:
-        others = background(std=std or 0.3, positive=positive or 0.5, equal=bool(std))
-        logp, old, adv = (torch.cat([a, b]) for a, b in zip((logp, old, adv), others))
-    logp = logp.requires_grad_()
-    loss, _ = policy_loss(name, logp, old, adv, torch.ones_like(old), agg="token-mean", totals=totals, group_size=8,
-                          entropy=torch.ones_like(old), pass_rate=torch.full((len(old),), pass_rate), **hyperparameters)
+def weight(name, ratio, A, p_old=0.05, pass_rate=0.5, std=None, winners=None, **hyper):
+    """w/A at each ratio (N,), for one-token responses; nan where the new probability is above 1."""
+    old_logp = torch.full_like(ratio, p_old).log()[:, None]  # (N,1)
+    logp = old_logp + ratio.log()[:, None]
+    adv = torch.full_like(old_logp, A)
+    totals = {"tokens": 1}  # so that token-mean is a sum, and each gradient the token's own weight
+    if OBJECTIVES[name].statistics is not None:
+        other_logp, other_old, _ = background()
+        totals["statistics"] = OBJECTIVES[name].statistics(
+            other_logp, other_old, torch.ones_like(other_logp), **hyper)
+    if std or winners:
+        others = background(std or 0.3, winners or 0.5, equal=std is not None)
+        logp, old_logp, adv = (torch.cat(pair) for pair in zip((logp, old_logp, adv), others))
+    logp.requires_grad_()
+    ones = torch.ones_like(old_logp)
+    loss, _ = policy_loss(name, logp, old_logp, adv, ones, agg="token-mean", totals=totals,
+                          entropy=ones, pass_rate=ones * pass_rate, **hyper)
     w = -torch.autograd.grad(loss, logp)[0][:len(ratio), 0] / A
-    return w.masked_fill(q * ratio > 1, torch.nan)
+    return w.masked_fill(p_old * ratio > 1, torch.nan)
 
 
-def edges(name, ratio, w, A):
-    """The ratios at which the weight jumps, each found again on a fine grid between its two neighbours."""
+def jumps(name, ratio, w, A):
+    """The ratios at which the weight jumps, each found again on a fine grid."""
     found = []
-    for i in ((w[1:] - w[:-1]).abs() > 0.15).nonzero().flatten().tolist():
+    for i in (w.diff().abs() > 0.15).nonzero().flatten().tolist():
         fine = torch.linspace(ratio[i].item(), ratio[i + 1].item(), 2001, dtype=torch.float64)
-        jump = weight(name, fine, A).diff().abs()
-        if jump.max() > 0.1:  # a steep line has no jump when looked at closely
-            found.append(fine[jump.argmax()].item())
+        steps = weight(name, fine, A).diff().abs()
+        if steps.max() > 0.1:  # a steep line has no jump when looked at closely
+            found.append(fine[steps.argmax()].item())
     return found
 
 
-def layout(columns=6):
-    """Panels in reading order, (row, column, name, (family, its width) at its first); short families share a row."""
-    cells, row, column = [], 0, 0
-    for title, names in families().items():
-        for i, name in enumerate(names):
-            if column and column + (len(names) if i == 0 else 1) > columns:
-                row, column = row + 1, 0
-            cells.append((row, column, name, (title, min(len(names), columns)) if i == 0 else None))
-            column += 1
-    return cells, row + 1, columns
-
-
-def panel(ax, name, ratio, blues, reds):
-    lines = LINES.get(name, [("", {})])
-    tones = [0.85] if len(lines) == 1 else torch.linspace(0.42, 0.98, len(lines)).tolist()
-    ax.plot(ratio, ratio, color="0.72", lw=1, zorder=1)
-    ax.axvline(1, color="0.87", lw=0.8, zorder=0)
-    ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+def panel(ax, name, ratio, colors):
+    """One objective: its lines, where they jump, and what tells them apart."""
+    lines = LINES.get(name, {"": {}})
+    ax.plot(ratio, ratio, color="0.72", lw=1)
+    ax.axvline(1, color="0.87", lw=0.8)
+    ax.axhline(0, color="0.6", lw=0.8)
     lowest = 0.0
-    for (_, given), tone in zip(lines, tones):
-        for A, colors, style in ((1.0, blues, "-"), (-1.0, reds, (0, (4, 1.6)))):
+    for i, given in enumerate(lines.values()):
+        tone = 0.85 if len(lines) == 1 else 0.42 + 0.56 * i / (len(lines) - 1)
+        for A, style in ((1.0, "-"), (-1.0, (0, (4, 1.6)))):
             w = weight(name, ratio, A, **given)
             lowest = min(lowest, w[w.isfinite()].min().item())
-            ax.plot(ratio, w, color=colors(tone), lw=2.2, ls=style, zorder=3)
-            for x in edges(name, ratio, w, A) if len(lines) == 1 else ():
-                ax.annotate(f"{round(x, 4):g}", (x, 0), xytext=(3 if x > 1 and x < 5 else -3, 5), color=colors(0.85),
-                            textcoords="offset points", ha="left" if x > 1 and x < 5 else "right", fontsize=10)
+            ax.plot(ratio, w, color=colors[A](tone), lw=2.2, ls=style)
+            for x in jumps(name, ratio, w, A) if len(lines) == 1 else []:
+                right = 1 < x < 5
+                ax.annotate(f"{round(x, 4):g}", (x, 0), xytext=(3 if right else -3, 5),
+                            textcoords="offset points", ha="left" if right else "right",
+                            color=colors[A](0.85), fontsize=10)
     signed = lowest < -0.05  # some penalties push against A
-    ax.set(xscale="log", xlim=(ratio[0], ratio[-1]), xticks=[0.1, 1, 10], xticklabels=["0.1", "1", "10"])
+    ax.set(xscale="log", xlim=(ratio[0], ratio[-1]), xticks=[0.1, 1, 10],
+           xticklabels=["0.1", "1", "10"])
     ax.set_yscale("symlog", linthresh=0.1, linscale=0.35)
-    ax.set(ylim=(-10 if signed else -0.03, ratio[-1]), yticks=[-10, -1, 0, 1, 10] if signed else [0, 0.1, 1, 10])
-    ax.set_yticklabels([f"{v:g}" for v in ax.get_yticks()])
+    ticks = [-10, -1, 0, 1, 10] if signed else [0, 0.1, 1, 10]
+    ax.set(ylim=(-10 if signed else -0.03, ratio[-1]), yticks=ticks,
+           yticklabels=[f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.tick_params(labelsize=10, labelbottom=True, length=2.5, pad=2)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(name, fontsize=13.5, family="monospace", weight="bold", pad=4)
-    across = lines is by_probability  # side by side
-    notes = [(0.28 + 0.17 * i if across else 0.03, 0 if across else i, text, str(0.68 - 0.68 * tone))
-             for i, ((text, _), tone) in enumerate(zip(lines, tones)) if text]
-    notes += [(0.03, 0, "old p", "0.35")] if across else []
-    notes += [(0.03, 1 if across else 0, NOTES[name], "0.35")] if name in NOTES else []
-    for x, line, text, grey in notes:
-        x, y, side = (0.97, 0.24, "right") if signed else (x, 0.985, "left")
-        ax.text(x, y - 0.1 * line, text, transform=ax.transAxes, fontsize=10, va="top", ha=side, color=grey)
+    ax.set_title(name, fontsize=13, family="monospace", weight="bold", pad=4)
+    for i, label in enumerate([*lines, NOTES.get(name, "")]):  # as light or dark as their lines
+        grey = 0.6 * (1 - i / (len(lines) - 1)) if 0 < len(lines) - 1 >= i else 0.35
+        ax.text(0.97 if signed else 0.03, 0.22 - 0.1 * i if signed else 0.985 - 0.1 * i, label,
+                transform=ax.transAxes, fontsize=10, color=str(grey), va="top",
+                ha="right" if signed else "left")
 
 
 def draw(path):
@@ -150,87 +139,63 @@ def draw(path):
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    cells, rows, columns = layout()
-    blues, reds = plt.cm.Blues, plt.cm.Reds
-    inches = 2.6 * rows + 0.75
-    fig, axes = plt.subplots(rows, columns, figsize=(14, inches), sharex=True, squeeze=False)
-    fig.subplots_adjust(left=0.034, right=0.992, top=1 - 1.27 / inches, bottom=0.3 / inches, hspace=0.58, wspace=0.19)
+    colors = {1.0: plt.cm.Blues, -1.0: plt.cm.Reds}
     ratio = torch.logspace(math.log10(0.08), math.log10(12.5), 801, dtype=torch.float64)
-    for ax in axes.flat:
-        ax.set_visible(False)
-    for row, column, name, family in cells:
-        axes[row, column].set_visible(True)
-        panel(axes[row, column], name, ratio, blues, reds)
-        if family:
-            first, last = (axes[row, c].get_position() for c in (column, min(column + family[1], columns) - 1))
-            y = first.y1 + 0.36 / inches
-            fig.add_artist(plt.Line2D([first.x0, last.x1], [y, y], color="0.25", lw=1.2))
-            fig.text(first.x0, y + 0.04 / inches, family[0], fontsize=15, va="bottom")
-    fig.text(0.012, 1 - 0.13 / inches, "What each objective makes of the ratio r = new / old probability: "
-             "the weight w/A on grad log p", fontsize=16.5, va="top", weight="bold")
-    handles = [plt.Line2D([], [], color=blues(0.85), lw=2.4, label="A > 0: to become likelier"),
-               plt.Line2D([], [], color=reds(0.85), lw=2.4, ls=(0, (4, 1.6)), label="A < 0: to become less likely"),
-               plt.Line2D([], [], color="0.72", lw=1.4, label="w = r A: no clip")]
-    fig.legend(handles=handles, loc="upper right", ncols=3, fontsize=12.5, frameon=False, handlelength=2.2,
-               columnspacing=1.2, bbox_to_anchor=(0.77, 1 - 0.4 / inches))
-    fig.text(0.992, 1 - 0.515 / inches, "a line ends where the new p is 1", fontsize=12.5, va="top", ha="right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=105)
-    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(path, optimize=True)  # smaller
-    print(f"{path}: {path.stat().st_size // 1024} kB, {len(cells)} objectives")
+    rows = []  # (title, names): one row of panels each, a long family has several
+    for title, names in families().items():
+        for start in range(0, len(names), COLUMNS):
+            rows.append((title if start == 0 else "", names[start:start + COLUMNS]))
 
+    figure = plt.figure(figsize=(14, 2.4 * len(rows) + 0.9))
+    head, *strips = figure.subfigures(len(rows) + 1, 1, height_ratios=[0.3] + [1] * len(rows))
+    head.text(0.012, 0.95, "What each objective makes of the ratio r = new / old probability: "
+              "the weight w/A on grad log p", fontsize=16, va="top", weight="bold")
+    handles = [
+        plt.Line2D([], [], color=plt.cm.Blues(0.85), lw=2.4, label="A > 0: to become likelier"),
+        plt.Line2D([], [], color=plt.cm.Reds(0.85), lw=2.4, ls=(0, (4, 1.6)),
+                   label="A < 0: to become less likely"),
+        plt.Line2D([], [], color="0.72", lw=1.4, label="w = r A: no clip"),
+        plt.Line2D([], [], lw=0, label="a line ends where the new p is 1")]
+    head.legend(handles=handles, loc="lower left", ncols=4, fontsize=12, frameon=False)
+    for strip, (title, names) in zip(strips, rows):
+        strip.suptitle(title, x=0.012, y=1.0, ha="left", fontsize=15)
+        strip.subplots_adjust(left=0.034, right=0.992, top=0.77, bottom=0.16, wspace=0.19)
+        for ax, name in zip(strip.subplots(1, COLUMNS), names + [None] * COLUMNS):
+            if name is None:
+                ax.set_visible(False)
+            else:
+                panel(ax, name, ratio, colors)
+    figure.savefig(path, dpi=105)
+    image = Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=96)
+    image.save(path, optimize=True)  # a third of the size
+    print(f"{path}: {path.stat().st_size // 1024} kB, {len(OBJECTIVES)} objectives")
 
-# ---- Cost ----------------------------------------------------------------------------------------------------
-
-def cost(path, repeats=42):
-    """CPU time of the process, each objective in turn with grpo, so that whatever else the machine does hits both."""
-    torch.set_num_threads(1)
-    rng = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.rand(*shape, generator=rng)  # noqa: E731
-    old = -3 * rand(64, 2048) ** 2
-    logp = (old + 0.2 * torch.randn(64, 2048, generator=rng)).clamp(max=-1e-4).requires_grad_()
-    mask = (torch.arange(2048) < (rand(64, 1) * 1800 + 200)).float()
-    batch = dict(old_logp=old, adv=torch.randn(64, generator=rng), mask=mask, entropy=rand(64, 2048), group_size=8,
-                 reward=rand(64).round(), max_len=2048)
-
-    def seconds(name):
-        start = time.process_time()
-        loss, _ = policy_loss(name, logp, **batch)
-        torch.autograd.grad(loss, logp)
-        return time.process_time() - start
-
-    table = {}
-    for name in OBJECTIVES:
-        pairs = [(seconds("grpo"), seconds(name)) for _ in range(repeats)][2:]  # the first two warm up
-        ratio, grpo = statistics.median(t / g for g, t in pairs), statistics.median(g for g, _ in pairs)
-        table[name] = dict(ratio=round(ratio, 2), grpo_ms=round(grpo * 1000, 1))
-        print(f"{name:15s} {ratio:5.2f} x grpo ({grpo * 1000:.1f} ms)", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = "CPU time of forward + backward, 64 x 2048 float32 tokens, one thread, median, against grpo in alternation"
-    path.write_text(json.dumps({"about": about, "torch": torch.__version__, "objectives": table}, indent=1) + "\n")
-
-
-# ---- Errors --------------------------------------------------------------------------------------------------
 
 def errors():
-    """The largest deviations, over all golden cases of an objective and over 100 random batches of the weight table."""
-    from tests.test_losses import GOLDEN, TABLE, golden_error, table_error
-    print(f"{'':15s} official: loss  gradient (L1 norm)   weight table: loss  gradient (largest)")
+    """The largest deviations over all golden cases, and over 100 random batches of the table."""
+    import test_losses as tests
+    print(f"{'':15s}{'official: loss   gradient':>27s}{'table: loss   gradient':>27s}")
     for name in OBJECTIVES:
-        official = [golden_error(*case)[0][:2] for case in GOLDEN if case[0] == name]
-        official = "{:14.0e} {:9.0e}".format(*map(max, zip(*official))) if official else f"{'-':>14s} {'-':>9s}"
-        table = [max(e) for e in zip(*(table_error(name, seed) for seed in range(100)))] if name in TABLE else None
-        print(f"{name:15s} {official} {{:29.0e}} {{:9.0e}}".format(*table) if table else f"{name:15s} {official}")
+        official = []
+        for _, case, arguments, loss, grad_sum in tests.GOLDEN:
+            if case == name:
+                ours, grad, _ = tests.golden_run(name, arguments)
+                official.append((abs(ours.item() - loss), abs(grad.abs().sum().item() - grad_sum)))
+        table = []
+        if name in tests.TABLE:
+            table = [tests.table_error(name, seed) for seed in range(100)]
+        print(f"{name:15s}", end="")
+        for found in (official, table):
+            largest = [f"{max(column):.0e}" for column in zip(*found)] or ["-", "-"]
+            print(f"{largest[0]:>16s}{largest[1]:>11s}", end="")
+        print()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cost", action="store_true", help="time every objective against grpo")
-    parser.add_argument("--errors", action="store_true", help="distance from the official numbers and the weight table")
-    flags = parser.parse_args()
-    if flags.cost:
-        cost(HERE / "results" / "objective_cost.json")
-    elif flags.errors:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--errors", action="store_true", help="print the deviations instead")
+    if parser.parse_args().errors:
         errors()
     else:
-        draw(HERE / "figures" / "objectives.png")
+        draw(ROOT / "experiments" / "figures" / "objectives.png")
