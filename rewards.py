@@ -5,17 +5,16 @@ r"""A response in, a score in [0, 1] out: verifiable rewards that a policy canno
 
 Tasks and their problem fields:
     chainsum   answer="7"                     the default task: `...#7$`, $ being the end of sequence
-    countdown  numbers=[..], target=24        last <answer> (format="boxed": last box), every number
-                                              exactly once
+    countdown  numbers=[..], target=24        last <answer>, or last box (format="boxed")
     tableqa    answer=[..]                    last <answer>, all values in this order
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
     qa         answer=[any, of]               last <answer>, metric="em" or "f1" (SQuAD, HotpotQA)
     math       answer="1/2" or [any, of]      last \boxed{} or \fbox{} anywhere in the response
 
 Status: "ok" an answer was found and compared (right or wrong), "no_answer", "unparsable",
-"timeout", "error". Count them: a grader that fails silently looks just like a policy that never
-learns. Each grader below returns the score, or the status that explains the 0. In doubt the score
-is 0: a wrong answer that is paid for will be learned. No model output is evaluated as Python.
+"timeout", "error". Count them: a grader that fails silently looks like a policy that never learns.
+Each grader below returns the score, or the status that explains the 0. In doubt the score is 0: a
+policy learns what it is paid for by mistake. No model output is evaluated as Python.
 """
 import ast
 import json
@@ -29,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -44,37 +42,33 @@ MAX_CHARS, MAX_DEPTH = 1000, 14  # longer or deeper math is unparsable, so that 
 
 # ---- Where the answer is -------------------------------------------------------------------------
 
-BOX = r"\\(?:boxed|fbox)\s*(?:\{|(?=[+-]?[0-9]))"  # \boxed 7 is 7
+BOX = r"\\(?:boxed|fbox)\s*(?=\{|[+-]?[0-9])"  # \boxed 7 is 7
 BETWEEN = (r"\}(?:[\s$,;]|\\[,;:! ()\[\]]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|and|or){0,40}"
            r"\\(?:boxed|fbox)\s*\{")
 
 def last_boxed(text, join=False):
-    """Content of the last \\boxed{...} or \\fbox{...}; None if there is none or its brace never
-    closes (truncated). With `join`, of several that stand together: \\boxed{1}, \\boxed{2} is 1,2."""
-    if join:
-        text = re.sub(BETWEEN, ",", text)
-    last = None
-    for last in re.finditer(BOX, text):
-        pass
-    if last is None:
+    """Content of the last \\boxed{...} or \\fbox{...}; None if there is none or it never closes.
+    With `join`, of several that stand together: \\boxed{1}, \\boxed{2} is 1,2."""
+    *before, tail = re.split(BOX, re.sub(BETWEEN, ",", text) if join else text)
+    if not before:
         return None
-    tail = text[last.end():]
-    if not last[0].endswith("{"):
+    if tail[0] != "{":
         return re.match("[+-]?[0-9][0-9.,/]*", tail)[0]
-    depth = 1
+    depth = 0
     for token in re.finditer(r"\\.|[{}]", tail, re.S):  # \{ is no brace in TeX
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth == 0:
-            return tail[:token.start()]
+            return tail[1:token.start()]
     return None
 
 def last_answer(text):
-    """Content of the last <answer>...</answer>, without a \\boxed around it, at most 2000
-    characters; "" if there is none."""
-    inner = text.rpartition("</answer>")[0].rpartition("<answer>")
-    inner = inner[2].partition("</answer>")[0] if inner[1] else ""
+    """Content of the last <answer>...</answer>, without a \\boxed around it; "" if there is none."""
+    before, tag, inner = text.rpartition("</answer>")[0].rpartition("<answer>")
+    inner = inner.partition("</answer>")[0] if tag else ""
     box = last_boxed(inner)
-    return (inner if box is None else re.sub(r"\\text\w*\s*\{([^{}]*)\}", r"\1", box)).strip()[:2000]
+    return (inner if box is None else re.sub(MARKUP, r"\1", box)).strip()[:2000]
+
+MARKUP = r"\\(?:text|math)\w*\s*\{([^{}]*)\}"
 
 
 # ---- Procedural tasks ----------------------------------------------------------------------------
@@ -83,23 +77,20 @@ def chainsum(response, answer):
     found = re.fullmatch(r"[^#]*#([^$]*)\$", response)
     return found[1] == str(answer) if found else "no_answer"
 
-def add(response, answer):
-    box = last_boxed(response)
-    if box is None:
-        return "no_answer"
-    return int(box) == int(answer) if re.fullmatch(r"\s*[+-]?[0-9]{1,100}\s*", box) else "unparsable"
-
 def countdown(response, numbers, target, format="answer"):
     """1 iff the expression uses every number exactly once and equals the target exactly. Only
-    + - * / ( ) and integers get through: `9**9**9` (would hang eval), `//`, `3.5` (would pass for
-    3 and 5) are unparsable. A box may hold LaTeX, and end in `= target`."""
+    + - * / ( ) and integers get through, not `9**9**9` (would hang eval), `//`, or `3.5` (would
+    pass for 3 and 5). A box may hold LaTeX, and end in `= target`."""
     text = last_answer(response)
     if format == "boxed":
-        text = arithmetic(last_boxed(response) or "", target)
+        text = re.sub(r"\\(times|cdot) *", "*", clean((last_boxed(response) or "")[:MAX_CHARS]))
+        fractions = 1
+        while fractions:  # from the inside out
+            text, fractions = re.subn(r"\\frac *\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
+        text = re.sub(rf" *= *{re.escape(str(target))}$", "", text)
     if not text:
         return "no_answer"
-    odd = re.search(r"[^0-9+\-*/() \t\r\n]|\b0[0-9]|//|\*\*", text)
-    if odd or len(text) > 300:
+    if len(text) > 300 or re.search(r"[^0-9+\-*/() \t\r\n]|\b0[0-9]|//|\*\*", text):
         return "unparsable"
     try:
         value = exact_value(ast.parse(" ".join(text.split()), mode="eval").body)
@@ -107,27 +98,13 @@ def countdown(response, numbers, target, format="answer"):
         return False
     except (SyntaxError, KeyError, RecursionError, MemoryError):  # no arithmetic, or too deep
         return "unparsable"
-    used = Counter(int(n) for n in re.findall("[0-9]+", text))
-    return value == target and used == Counter(numbers)
-
-ARITHMETIC = [(r"\\times|\\cdot|[×·⋅]", "*"), (r"\\div|÷", "/"), ("[−–]", "-"),
-              (r"\\(?:left|right)|\\[,;: ]|\$|\\[()]", " "), (r"\\[dt]frac", r"\\frac")]
-
-def arithmetic(text, target):
-    """LaTeX in a box as the plain expression that it shows."""
-    for old, new in ARITHMETIC:
-        text = re.sub(old, new, text)
-    fractions = 1
-    while fractions:  # from the inside out
-        text, fractions = re.subn(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
-    return re.sub(rf"=\s*{re.escape(str(target))}\s*$", "", text).strip()
+    return value == target and Counter(map(int, re.findall("[0-9]+", text))) == Counter(numbers)
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 def exact_value(node):
-    """Value of an arithmetic syntax tree as a Fraction; KeyError if there is more in it than
-    integers and + - * /."""
+    """Value of an arithmetic syntax tree as a Fraction; KeyError if there is anything else in it."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     children = ast.iter_child_nodes(node)
@@ -143,50 +120,47 @@ def tableqa(response, answer):
     """HiTab: numbers within 1e-5 (percent signs are ignored: 13.3% is 13.3), text equal up to case;
     all values, in order."""
     text = last_answer(response).strip(" ,;\n")
-    golds = answer if isinstance(answer, (list, tuple)) else [answer]
-    if not text:
-        return "no_answer"
-    if text[0] + text[-1] in ("[]", "{}"):
+    if text[:1] + text[-1:] in ("[]", "{}"):
         text = text[1:-1]
     # value, separator, value, ...
     parts = re.split(r"([,;\n]\s*and\b|[,;\n]|\band\b)", text)
-    ends = {0}  # where the golds so far may end: one may span several parts, "1,234" or "a, b and c"
-    for gold in golds:
-        reached = set()
-        for start in ends:
-            for end in range(start + 1, min(len(parts), start + 40) + 1, 2):
-                if same_cell("".join(parts[start:end]), str(gold)):
-                    reached.add(end + 1)
-        ends = reached
-    return len(parts) + 1 in ends
+    return same_cells(parts, [str(gold) for gold in as_list(answer)]) if text else "no_answer"
+
+def same_cells(parts, golds):
+    """A value may span several parts: "1,234" or "technical, and other services"."""
+    if not golds or not parts:
+        return not golds and not parts
+    return any(same_cell("".join(parts[:n]), golds[0]) and same_cells(parts[n + 1:], golds[1:])
+               for n in range(1, min(len(parts), 40) + 1, 2))
 
 def same_cell(text, gold):
     text, gold = cell(text), cell(gold)
-    a, b = (number(re.sub(r"^([+-]?)\\?\$|\s*(\\?%|percent)$", r"\1", s)) for s in (text, gold))
+    a, b = number(text), number(gold)
     return text == gold or None not in (a, b) and same_number(a, b, 1e-5)
 
 def cell(text):
-    text = re.sub(r"\s+", " ", text.lower().translate(DASHES)).strip(" '\"`").rstrip(". ")
-    inner = re.fullmatch(r"\(([^()]*)\)", text)
-    return inner[1] if inner else text
+    text = re.sub(r"\s+", " ", text.casefold().translate(DASHES)).strip(" '\"`").rstrip(". ")
+    if re.fullmatch(r"\([^()]*\)", text):
+        text = text[1:-1]
+    return re.sub(r"^([+-]?)\\?\$(?=[0-9.])|(?<=[0-9.]) *(\\?%|percent)$", r"\1", text)
 
 def kk(response, answer):
     """`Ann is a knight, Bob: knave` or `Knights: Ann` in any order; each person exactly once, nobody
     else, no contradiction."""
-    text = re.sub(r"[*_|\"'`#{}]", " ", last_answer(response).casefold().translate(DASHES))
+    text = re.sub(r"[*_|\"'`#{}$()]", " ", last_answer(response).casefold().translate(DASHES))
     if not text.strip():
         return "no_answer"
     gold = sorted((name.casefold(), role.casefold()) for name, role in answer.items())
-    names = "|".join(re.escape(name) for name, _ in reversed(gold))  # Jackson before Jack
+    name = rf"(?<!\w)({'|'.join(re.escape(n) for n, _ in reversed(gold))})(?!\w)"  # Jackson, Jack
+    groups = rf"\b(knight|knave)s?\s*(?::|=|\bare\b|\bis\b)((?:[\s,;&]|\band\b|{name})*)"
     claims = []
-    groups = rf"\b(knight|knave)s?\s*(?::|=|\bare\b)((?:[\s,;&]|\band\b|(?<!\w)(?:{names})(?!\w))*)"
-    for role, people in re.findall(groups, text):
-        claims += [(name, role) for name in re.findall(rf"(?<!\w)(?:{names})(?!\w)", people)]
+    for role, people, _ in re.findall(groups, text):
+        claims += [(person, role) for person in re.findall(name, people)]
     text = re.sub(groups, " ", text)
-    claim = rf"(?<!\w)({names})\s*(?:\bis\b|:|=|-+>?|→|⇒)?\s*(?:an?\s|the\s)?\s*(knight|knave)(?!\w)"
+    claim = rf"{name}\s*(?:\bis\b|:|[=-]+>?|→|⇒)?\s*(?:an?\s|the\s)?\s*(knight|knave)(?!\w)"
     claims += re.findall(claim, text)
     rest = set(re.findall(r"[^\W\d_]+", re.sub(claim, " ", text)))
-    if not claims or rest - set("and so thus hence therefore name person role type".split()):
+    if not claims or rest - set("and so thus hence therefore the name person role type".split()):
         return "unparsable"  # `not`, `or`, or about somebody else
     return sorted(claims) == gold
 
@@ -196,12 +170,10 @@ def qa(response, answer, metric="em"):
     if metric not in ("em", "f1"):
         raise ValueError(f"unknown metric {metric!r}; choose em or f1")
     pred = squad_normal(last_answer(response))
-    golds = [squad_normal(str(g)) for g in ([answer] if isinstance(answer, str) else answer)]
+    golds = [squad_normal(str(gold)) for gold in as_list(answer)]
     if not pred:
         return "no_answer"
-    if metric == "em":
-        return pred in golds
-    return max((token_f1(pred, gold) for gold in golds), default=0)
+    return pred in golds if metric == "em" else max((token_f1(pred, g) for g in golds), default=0)
 
 def squad_normal(text):
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -214,6 +186,9 @@ def token_f1(pred, gold):
     a, b = pred.split(), gold.split()
     return 2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b))
 
+def as_list(value):
+    return value if isinstance(value, (list, tuple)) else [value]
+
 
 # ---- Math: the structure of the answer first, then text, exact numbers, computer algebra ---------
 
@@ -224,7 +199,7 @@ def math(response, answer, acpo_compat=False):
     """The score or status, or the pairs [(gold, pred), ...] of which computer algebra has to find
     one equal. acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box the
     whole response is the answer, and one of more than 30 characters is right only if identical."""
-    golds = [gold for text in as_list(answer) for gold in as_list(reduce_gold(str(text)))]
+    golds = [gold for text in as_list(answer) for gold in as_list(reduce_gold(text))]
     pred = last_boxed(response)
     if acpo_compat:
         pred = response if pred is None else pred
@@ -235,7 +210,7 @@ def math(response, answer, acpo_compat=False):
     if refused(pred):
         return "unparsable"
     chain = last_boxed(response, join=True) or ""  # values may stand in several boxes
-    if acpo_compat or len(chain) > MAX_CHARS or not chain.endswith(pred):
+    if acpo_compat or not chain.endswith(pred) or refused(chain):
         chain = pred
     hard = []
     for gold in golds:
@@ -248,51 +223,44 @@ def math(response, answer, acpo_compat=False):
                 hard.append((gold, candidate))
     return hard or False
 
-def as_list(value):
-    return value if isinstance(value, (list, tuple)) else [value]
-
-def reduce_gold(text):
-    """The answer in a reference: behind GSM8K's `####`, in its box, without `The answer is`; a list
-    if it is a list stored as text, of which any may be given."""
+def reduce_gold(gold):
+    """The answer in a reference: behind GSM8K's `####`, in its box, without `The answer is`, the
+    value of {"value": 3}; a list if it is one stored as text, of which any may be given."""
+    text = str(gold["value"] if isinstance(gold, dict) and "value" in gold else gold)
     text = re.sub(r"<<[^<>]*>>", "", text).rpartition("####")[2].strip()
     text = last_boxed(text, join=True) or text
-    text = re.sub(r"(?is)^.{0,200}\banswer(?: is|:)\s*:?\s*(?=\S)", "", text)
-    if re.fullmatch(r"""(?s)\[\s*(['"]).*\1\s*\]""", text):
-        found = re.findall(r"""(['"])(.*?)\1\s*(?=[,\]])""", text, re.S)
-        return [item.replace("\\\\", "\\") for _, item in found]
-    return text
+    text = re.sub(r"(?is)^.{0,200}\banswer(?: is|:)[\s:*]*(?=\S)", "", text)
+    if not re.fullmatch(r"""(?s)\[\s*(['"]).*\1\s*\]""", text):
+        return text
+    quoted = re.findall(r"""(['"])(.*?)\1\s*(?=[,\]])""", text, re.S)
+    return [item.replace("\\\\", "\\") for _, item in quoted]
 
-# Power towers, factorials of factorials, long products: the parser or SymPy would never come back.
+# Power towers, factorials of factorials, long sums: the parser or SymPy would not come back.
 BOMBS = re.compile(
     r"\^[^)}\]^]*\^[^)}\]^]*\^|![\s)}\]]*!|[0-9]{5}[\s)}\]]*!|\^[^()]*\)\s*!|(\|[^|]*){13}"
-    r"|\\binom\s*\{[^{}]*(\^|[0-9]{5})|\^[\s{(]*[0-9]{5}|(_[^}\s]*){4}")
-TOWER = re.compile(r"\^[\s{(]*([0-9]+)\s*\^[\s{(]*([0-9]+)")
-ZERO = re.compile(r"/\s*\{?0(?![.0-9])|frac\{([^{}]|\{[^{}]*\})*\}\{0\}")  # 1/0 is not even 1/0
+    r"|\\binom\{[^{}]*(\^|[0-9]{5})|\^[({]*[0-9]{4}|![)}\]]*\^|(_[^}]*){4}|(\\log.*){5}"
+    r"|/\{?0(?![.0-9])|frac\{([^{}]|\{[^{}]*\})*\}\{0\}")  # 1/0 is not even 1/0
+TOWER = re.compile(r"\^[({]*([0-9]+)\^[({]*([0-9]+)")
 
 def refused(text):
     """Is it too long, too deep or too large to be parsed? Then it is no answer to any problem."""
-    if len(text) > MAX_CHARS or max(depths(text), default=0) > MAX_DEPTH or ZERO.search(text):
-        return True
     text = re.sub(r"\\left|\\right|\s", "", text)
-    if number(text) is not None:  # 1e400 is a plain number
+    if len(text) > MAX_CHARS or max(depths(text), default=0) > MAX_DEPTH:
+        return True
+    if number(text) is not None:  # 1e400 is only text
         return False
     towers = [int(base[-9:]) ** min(int(top[-9:]), 99) for base, top in TOWER.findall(text)]
-    return bool(BOMBS.search(text)) or max(towers, default=0) > 10 ** 5
+    return bool(BOMBS.search(text)) or max(towers, default=0) > 10 ** 4
 
 def compare(gold, pred, algebra=None):
     """Do two answers say the same? Undecided if that takes `algebra(gold, pred)` and it is None."""
     if gold.strip() == pred.strip():
         return True
     gold, pred = clean(gold), clean(pred)
-    a, b = squeeze(unwrap(gold)), squeeze(unwrap(pred))
-    if not a or not b or a == b:
-        return a == b != ""
     if re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", gold):
         pred = re.sub(r"^([+-]?[0-9]+),(?=[0-9]{2,}$)", r"\1.", pred)  # 3,14 where 3.14 is meant
-    letters = [re.sub(r"\\text|[\s,{}]", "", s) for s in (gold, pred)]
-    if all(re.fullmatch("[A-J]{2,}", s) for s in letters):  # A, C is AC, but ABC is not CAB
-        return "," in gold + pred and set(letters[0]) == set(letters[1])
-    return equal(gold, pred, algebra)
+    a, b = squeeze(unwrap(gold)), squeeze(unwrap(pred))
+    return "" not in (a, b) and (a == b or equal(gold, pred, algebra))
 
 # One answer of a list: name = parts between ends. x < 3 has the name x, the ends << and the parts
 # -oo and 3, like (-oo, 3); in_range then says that the list -oo, 3 will not do.
@@ -301,11 +269,11 @@ Item = namedtuple("Item", "name ends parts in_range unit")
 def equal(gold, pred, algebra):
     """Lists in any order, named values by their names, tuples in their order."""
     golds, preds = items(gold), items(pred)
-    named = [len({item.name for item in side} - {""}) for side in (golds, preds)]
-    ordered = 0 in named and len(golds) in named and len(golds) > 1  # x=1,y=2 for 1,2
+    names = [{item.name for item in side} for side in (golds, preds)]
+    ordered = {""} in names and len(golds) in map(len, names)  # x=1, y=2 for 1, 2
     if len(golds) != len(preds):
-        ordered = True
         golds, preds = unpack(golds, preds), unpack(preds, golds)
+        ordered = True
     if len(golds) != len(preds):
         return False
     if ordered:
@@ -318,28 +286,20 @@ def equal(gold, pred, algebra):
     return True
 
 def unpack(side, other):
-    """A tuple as the list of its parts, if the other side is a plain list."""
+    """A tuple (or ACD) as the list of its parts, if the other side is a plain list."""
     one = side[0]
-    if len(side) > 1 or one.ends != "<<" or any(item.in_range for item in [one, *other]):
+    if len(side) > 1 or any(item.in_range for item in [one, *other]):
         return side
-    return [read_item(part) for part in one.parts]
+    if re.fullmatch("[A-J]+", one.parts[0]):
+        return [read_item(letter) for letter in one.parts[0]]
+    return [read_item(part) for part in one.parts] if one.ends == "<<" else side
 
 def items(text):
-    found = []
-    for part in split(text, r",|;|\\cup(?![a-z])"):
-        if not re.search(r"\\[pm][mp](?![a-z])", part):
-            found.append(read_item(part))
-            continue
-        for upper, lower in ("+-", "-+"):
-            signed = re.sub(r"\\pm(?![a-z])", upper, part)
-            found.append(read_item(re.sub(r"\\mp(?![a-z])", lower, signed)))
+    found = [read_item(part) for part in split(text, r",|;|\\cup(?![a-z])")]
     first = found[0]
     if len(found) == 1 and first.ends == "{}":
-        inside = items(",".join(first.parts))
-        return [i._replace(in_range=True, name=i.name or first.name) for i in inside]
-    names = split(first.name[1:-1], ",")
-    if len(found) == 1 and len(names) == len(first.parts) > 1:  # (x,y) = (1,2)
-        return [read_item(part)._replace(name=n) for n, part in zip(names, first.parts)]
+        return [item._replace(in_range=True, name=item.name or first.name)
+                for item in items(",".join(first.parts))]
     if not any(item.name for item in found[1:]):  # k = 1, 5, 9
         return [item._replace(name=first.name) for item in found]
     return found
@@ -347,23 +307,18 @@ def items(text):
 NAME = re.compile(r"\\?[a-zA-Z]+(_\{?\w+\}?)?'*(\([^()]*\))?")
 
 def read_item(text):
-    sides = split(text, r"=|\\equiv|\\in(?![a-z])")
-    name = squeeze(unwrap(sides[0])) if len(sides) > 1 else ""
-    name = re.sub(r"_\{(\w+)\}", r"_\1", name)
-    value = sides[-1]
-    if re.fullmatch("[a-zA-Z]", value) and not re.search("[a-zA-Z]", name):  # 5 = x
-        name, value = (value, sides[0]) if name else ("", value)
-    terms = split(value, "[<>≤≥]")
-    if len(terms) > 1:
-        return inequality(terms, re.findall("[<>≤≥]", value))
+    *names, value = split(text, r"=|\\equiv|\\in(?![a-z])")
+    if re.search("[<>≤≥]", value) and len(split(value, "[<>≤≥]")) > 1:
+        return inequality(split(value, "[<>≤≥]"), re.findall("[<>≤≥]", value))
+    name = re.sub(r"_\{(\w+)\}", r"_\1", squeeze(unwrap(names[0]))) if names else ""
     value, unit = split_unit(value)
-    value = re.sub(r"\\text\{ *(.) *\}", r"\1", value)  # \\mathrm{e} is a number, no word
-    ends, parts = brackets(value)
-    return Item(name, ends, parts, r"\in" in text, unit)
+    value = re.sub(r"\\text\{ *(.) *\}", r"\1", value)  # \mathrm{e} is a number, no word
+    return Item(name, *brackets(value), r"\in" in text, unit)
 
 def inequality(terms, signs):
     if not {"<", "≤"} & set(signs):  # 3 > x is x < 3
-        terms, signs = terms[::-1], ["<≤"[">≥".index(sign)] for sign in signs[::-1]]
+        terms.reverse()
+        signs = ["<" if sign == ">" else "≤" for sign in reversed(signs)]
     if len(terms) == 2 and NAME.fullmatch(terms[0]):
         terms, signs = [r"-\infty", *terms], ["<", *signs]
     elif len(terms) == 2 and NAME.fullmatch(terms[1]):
@@ -375,62 +330,47 @@ def brackets(text):
     """`(1,2]` -> ("<≤", ["1", "2"]); no brackets, or only around an expression: ("", [text])."""
     text = text.strip()
     if len(text) < 3 or text[-1] not in ")]}" or 0 in depths(text.lstrip("\\"))[:-1]:
-        return "", [text]
+        return ":" * (":" in text), split(text, ":")
     if text[:2] == r"\{":
         return "{}", split(text[2:-2], "[,;]")
     parts = split(text[1:-1], "[,;]")
-    if len(parts) == 1:
-        return ("", [text]) if text[0] == "[" and parts[0][0] not in "([" else brackets(parts[0])
-    return "".join("<≤"[sign in "[]"] for sign in (text[0], text[-1])), parts
+    if len(parts) > 1:
+        return "<≤"[text[0] == "["] + "<≤"[text[-1] == "]"], parts
+    return ("", [text]) if text[0] == "[" and parts[0][:1] not in "([" else brackets(parts[0])
 
 def same_item(gold, pred, algebra):
     units = {gold.unit, pred.unit} - {""}
-    if len(units) > 1 and units not in ({"°", "celsius^1"}, {"°", "fahrenheit^1"}):
+    if len(units) > 1 and units not in ({"°", "celsius"}, {"°", "fahrenheit"}):
         return False
-    if gold.name == f"({pred.parts[0]})" or pred.name == f"({gold.parts[0]})":
-        return True  # (C) 12 for C
+    for one, other in ((gold, pred), (pred, gold)):
+        if one.name.startswith("(") and re.fullmatch("[A-J]", other.parts[0]):
+            return one.name == f"({other.parts[0]})"  # (C) 12 for C
     if gold.name and pred.name and gold.name != pred.name:
-        if gold.ends or pred.ends or all(NAME.fullmatch(item.name) for item in (gold, pred)):
+        if gold.ends or pred.ends or NAME.fullmatch(gold.name) and NAME.fullmatch(pred.name):
             return False
-        return same_reading(*(f"{i.name}={i.parts[0]}" for i in (gold, pred)), algebra)
-    outside = re.sub(r"\(.*\)", "", gold.name)
-    if gold.name and not pred.name and re.search(r"[a-z].*[-+]|[-+].*[a-z]", outside):
+        return same_value(*(f"{item.name}={item.parts[0]}" for item in (gold, pred)), algebra)
+    implicit = re.search("[a-z].*[-+]|[-+].*[a-z]", re.sub(r"\(.*\)", "", gold.name))
+    if gold.ends != pred.ends or len(gold.parts) != len(pred.parts) or implicit and not pred.name:
         return False  # 0 is not x+y-1=0
-    if gold.ends != pred.ends or len(gold.parts) != len(pred.parts):
-        return False
-    if not gold.ends:
-        return same_value(gold.parts[0], pred.parts[0], algebra)
-    return all(equal(g, p, algebra) for g, p in zip(gold.parts, pred.parts))
+    test = equal if gold.ends else same_value
+    return all(test(g, p, algebra) for g, p in zip(gold.parts, pred.parts))
 
-MARKS = {r"\%": r"\cdot\frac{1}{100}", r"^\circ": r"\cdot\frac{\pi}{180}"}
+MARKS = {r"\%": r"\cdot\frac{1}{100}", r"^{\circ}": r"\cdot\frac{\pi}{180}"}
 
 def same_value(gold, pred, algebra):
     """50\\% is 50 and 0.5, but 50 is not 0.5; 30^\\circ is 30 and \\pi/6, in \\sin only \\pi/6."""
-    readings = [(gold, pred)]
     for mark, factor in MARKS.items():
         if mark in gold + pred:
-            plain = not re.search(r"\\(sin|cos|tan|cot|sec|csc)", gold + pred)
-            readings = [(gold.replace(mark, meaning), pred.replace(mark, meaning))
-                        for meaning in ["", factor][not plain:]]
-    return any(same_reading(g, p, algebra) for g, p in readings)
-
-def same_reading(gold, pred, algebra):
+            trig = re.search(r"\\(sin|cos|tan|cot|sec|csc)", gold + pred)
+            readings = [factor] if trig else ["", factor]
+            return any(same_value(gold.replace(mark, reading), pred.replace(mark, reading), algebra)
+                       for reading in readings)
     a, b = (squeeze(unwrap(s)) for s in (gold, pred))
-    if a == b or not a or not b:
-        return a == b != ""
     x, y = number(a), number(b)
-    if x is not None and y is not None:
-        return same_number(x, y)
-    bases = [re.fullmatch(r"\(?0*([0-9A-F]+)\)?_\{?([0-9]{1,2})\}?", s) for s in (a, b)]
-    if any(bases):  # 10110_2 is not 10110
-        return all(bases) and bases[0].groups() == bases[1].groups()
-    if ":" in a and ":" in b:  # part by part: the time 12:30 is neither 10:25 nor 6:15
-        a, b = ([number(part) or part for part in s.split(":")] for s in (a, b))
-        return a == b
-    if all(re.fullmatch(r"[a-zA-Z]|[A-Z]{2,}", s) for s in (a, b)):  # a is not A; ABC is an order
-        return False
-    if prose(gold) or prose(pred):  # "5 apples and 3 oranges" is not 5
-        return a.casefold() == b.casefold()
+    if a == b or not a or not b or x is not None and y is not None:
+        return a == b != "" or None not in (x, y) and same_number(x, y)
+    if prose(gold) or prose(pred):  # "5 apples and 3 oranges" is not 5; ABC is an order, no product
+        return a.casefold() == b.casefold() and a.isupper() == b.isupper()
     if algebra is None:
         raise Undecided
     return algebra(gold, pred)
@@ -440,7 +380,7 @@ SHORT_WORDS = set("yes no odd even true none both not all any".split())
 def prose(text):
     """Words, not a product of letters? Beside an operator even four letters are a product."""
     words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)
-    known = any(len(word) > 3 or word.lower() in SHORT_WORDS for word in words)
+    known = any(len(w) > 3 or w.isupper() or w.lower() in SHORT_WORDS for w in words)
     return bool(re.search(r"\\(text|ldots)", text)) or known and not re.search(r"[-+*/^=]", text)
 
 
@@ -448,28 +388,29 @@ def prose(text):
 
 # old new old new ...
 SYMBOLS = r"""
-    − - – - ‑ - × \times ÷ / · \cdot ⋅ \cdot ∙ \cdot ⁄ / ∕ / π \pi ∞ \infty ° ^\circ ′ ' ″ '' ’ '
-    ≠ \ne ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ± \pm ∓ \mp → \to 、 , … \ldots ∠ \angle △ \triangle
-    θ \theta α \alpha β \beta γ \gamma λ \lambda μ \mu σ \sigma φ \phi ω \omega Δ \Delta ≈ \approx
-    ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ \geqslant ≥ \lt < \gt >
-    \neq \ne \lor , \land , \vee , \wedge , \dfrac \frac \tfrac \frac \cfrac \frac \degree ^\circ
-    \lbrace \{ \rbrace \} \langle ( \rangle ) \lg \log_{10} \mod \bmod \varnothing \emptyset
-    \dots \ldots \cdots \ldots \lvert | \rvert | \vert | \mid | \colon : ℝ \mathbb{R} ℤ \mathbb{Z}
-    ℃ ^\circ\text{C} ℉ ^\circ\text{F} 或 , 和 , 与 , 且 , 及 , 约 \approx ， , ； ; ： : （ ( ） )
-    ［ [ ］ ] ｛ { ｝ } ＝ = ＋ + － - ＜ < ＞ > ％ % ／ / ！ ! ｜ | 。 . ． .
+    − - – - ‑ - × \times ÷ / \div / · \cdot ⋅ \cdot ∙ \cdot ⁄ / ∕ / π \pi ∞ \infty ° ^{\circ} 度 ^{\circ}
+    ′ ' ″ '' ’ ' ≠ \ne ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ± \pm ∓ \pm \mp \pm 、 , … \ldots ... \ldots
+    ∠ \angle △ \triangle θ \theta α \alpha β \beta γ \gamma λ \lambda μ \mu σ \sigma φ \phi ω \omega
+    Δ \Delta ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ ∶ :
+    \geqslant ≥ \lt < \gt > \neq \ne \lor , \land , \vee , \wedge , \dfrac \frac \tfrac \frac
+    \cfrac \frac \degree ^{\circ} \lbrace \{ \rbrace \} \langle ( \rangle ) \lg \log_{10} \mod \bmod
+    \varnothing \emptyset \dots \ldots \cdots \ldots \lvert | \rvert | \vert | \mid | \colon :
+    ℝ \mathbb{R} ℤ \mathbb{Z} ℃ ^{\circ}C ℉ ^{\circ}F 或 , 和 , 与 , 且 , 及 , 约 \approx
+    ， , ； ; ： : （ ( ） ) ［ [ ］ ] ｛ { ｝ } ＝ = ＋ + － - ＜ < ＞ > ％ % ／ / ！ ! ｜ | 。 . ． .
     ½ \frac{1}{2} ⅓ \frac{1}{3} ⅔ \frac{2}{3} ¼ \frac{1}{4} ¾ \frac{3}{4} ⅕ \frac{1}{5}
     ⅖ \frac{2}{5} ⅗ \frac{3}{5} ⅘ \frac{4}{5} ⅙ \frac{1}{6} ⅚ \frac{5}{6} ⅛ \frac{1}{8}
-    ⅜ \frac{3}{8} ⅝ \frac{5}{8} ⅞ \frac{7}{8} ⁰ 0 ¹ 1 ² 2 ³ 3 ⁴ 4 ⁵ 5 ⁶ 6 ⁷ 7 ⁸ 8 ⁹ 9 ⁺ + ⁻ - ⁽ ( ⁾ )
-    ⁿ n ˣ x ⁱ i ₀ 0 ₁ 1 ₂ 2 ₃ 3 ₄ 4 ₅ 5 ₆ 6 ₇ 7 ₈ 8 ₉ 9 ₊ + ₋ - ₙ n ₓ x
+    ⅜ \frac{3}{8} ⅝ \frac{5}{8} ⅞ \frac{7}{8}
 """.split()
 SYMBOLS = {old: new + " " * new[-1].isalpha() for old, new in zip(SYMBOLS[::2], SYMBOLS[1::2])}
+SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣⁱ₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-()nxi0123456789+-nx")
 BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13)))
 
 def symbol(found):
     return SYMBOLS[found[0]]
 
 def base(found):
-    return "_{%s}" % BASES.get(found[1], found[1])
+    """Text, which is equal to itself alone: 101_2 is neither 101 nor 5."""
+    return r"\text{%s base %s}" % (found[1], BASES.get(found[2], found[2]))
 
 def remainder(found):
     return str(int(found[1]) % int(found[2]))
@@ -490,31 +431,31 @@ def rows(found):
         return ",".join(lines).replace("&", "")
     if factor.strip():
         lines = ["&".join(f"{factor}({entry})" for entry in line.split("&")) for line in lines]
-    lines = [line.replace("&", ",") for line in lines]
     vector = len(lines) == 1 or "&" not in body
-    text = ",".join(lines if vector else [f"({line})" for line in lines])
+    text = ",".join(lines if vector else [f"({line})" for line in lines]).replace("&", ",")
     return text if kind == "cases" else f"({text})"
 
-# pattern => what it becomes: a template, or one of the functions above; an indented line goes on
+# pattern => what it becomes (␣ a space): a template, or a function above; an indented line goes on
 RULES = r"""
 ^\s*\*\*(.*)\*\*\s*$ => \1
 ([⁰¹²³⁴-⁾ⁿˣⁱ]+) => ^{\1}
 ([₀-₋ₙₓ]+) => _{\1}
-√ *\(([^()]*)\) => \\sqrt{\1}
-√ *([0-9.]+|[a-zA-Z]) => \\sqrt{\1}
-SYMBOL => symbol
+([√∛]) *\(([^()]*)\) => \1{\2}
+([√∛]) *([0-9.]+|[a-zA-Z]) => \1{\2}
+√ => \\sqrt
+∛ => \\sqrt[3]
+SYMBOLS => symbol
 # styling: 1,\!000 \left( \displaystyle $ \phantom{5}, \textbf{x} is \text{x}
 , ?\\! ?(?=[0-9]{3}) =>
 \\(?:left|right)\.|\\!|(?<!\\)\$|\\[()\[\]]|\\(?:[hv]?phantom|label|tag)\*?\s*\{[^{}]*\} =>
 \\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|underline|tiny|small|[lL]arge|bf|rm|it|limits
     |therefore|because|implies|Rightarrow|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z]) =>
 \\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|[mh]box|emph|boldsymbol|bm|vec
-    |hat|overrightarrow|operatorname)\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|\s([a-zA-Z]))
-    => \\text{\1\2}
-\\text\{ *\} =>
-(?<!\\)\\(?:[,;: ]|q?quad\b)|~|\s+ => \x20
+    |hat|overrightarrow|operatorname)\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|\s([a-zA-Z])) => \\text{\1\2}
+\\text\{\s*\} =>
+(?<!\\)\\(?:[,;: ]|q?quad\b)|~|\s+ => ␣
 # numbers: \frac12, 1 000, 1{,}000, 1'000, 3{,}14, 1,000, 1.234,56, 0,111, 1 1/2, 5 million, 0.1(6)
-\\frac\s*(\\pi|[0-9a-zA-Z])\s*(\\pi|[0-9a-zA-Z]) => \\frac{\1}{\2}
+\\frac *(\\pi|[0-9a-zA-Z]) *(\\pi|[0-9a-zA-Z]) => \\frac{\1}{\2}
 (?<![0-9]{4})(?<=[0-9])(?:\{,\}|[ '])(?=[0-9]{3}(?![0-9/])) =>
 (?<=[0-9])\{,\}(?=[0-9]) => .
 (^[^\w({\[]*|= *)([1-9][0-9]{0,2}),([0-9]{3})(?:,([0-9]{3}))?(?:,([0-9]{3}))?(?![0-9]|, *[0-9])
@@ -527,42 +468,55 @@ SYMBOL => symbol
 (?<=[0-9]) *(\\text\{)? *thousand\b => \\times10^{3}\1
 (?<=[0-9]) *(\\text\{)? *million\b => \\times10^{6}\1
 (?<=[0-9]) *(\\text\{)? *billion\b => \\times10^{9}\1
-([0-9]*\.[0-9]*)(?:\\(?:overline|bar)\s*\{?([0-9]{1,20})\}?|\(([0-9]{1,20})\)
+([0-9]*\.[0-9]*)(?:\\(?:overline|bar) *\{?([0-9]{1,20})\}?|\(([0-9]{1,20})\)
     |(\\dot *\{?[0-9]\}?(?:[0-9]*\\dot *\{?[0-9]\}?)?)) => repeating
-([0-9]*\.[0-9]*?)([0-9]{1,9}?)\2+ *(?:\.\.\.|\\ldots) => repeating
+([0-9]*\.[0-9]*?)([0-9]{1,9}?)\2+ *\\ldots => repeating
 ([0-9]+) *\\bmod *\{?([1-9][0-9]*)\}?$ => remainder
-_\{?\(?(?:\\text\{)? *([a-z]{3,6}) *\}?\)?\}?$ => base
-[_ ]*\{?\(?(?:\\text\{)? *\bbase[ -]+\}? *(\w+) *\}?\)?\}?$ => base
+^\(?0*([0-9A-F]+)\)?(?:_\{?|[ (]*(?:\\text\{)?[ (]*base )[ (}]*(?:\\text\{)? *(\w+)[ )}]*$ => base
+# lists: and, or, \pm; (x,y) = (1,2), 5 = x
+(?:, *)?\\text\{,? *(?:and|or|,) *\}|(?:, *)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) => ,
+(^|[,=]|\\\{)([^,=()]*?)\\pm(?![a-z])([^,()]*?)(?=,|\\\}|$) => \1\2+\3,\2-\3
+^\((\w+), *(\w+)\) *= *\(([^,()]+)[,;]([^,()]+)\)$ => \1=\3,\2=\4
+^\((\w+), *(\w+), *(\w+)\) *= *\(([^,()]+)[,;]([^,()]+)[,;]([^,()]+)\)$ => \1=\4,\2=\5,\3=\6
+^([0-9.+-]+) *= *([a-zA-Z])$ => \2=\1
 # what stands beside: 5 \pmod{12}, percent, degrees, where n is odd, k \in \mathbb{Z}, (C) 12, Area: 5
 (\\equiv.*)\\bmod => \1\\pmod
 ,? *\(? *\\pmod *\{?([0-9]+)\}? *\)? => \\text{mod^\1}
 \\text\{ *(?:percent\w*|pct) *\}|\b(?:percent\w*|pct)\b|(?<!\\)% => \\%
-\^ *\{? *\\circ *\}? * => ^\\circ\x20
-(?:\^\\circ|\bdegrees?\b)[ {]*(?:\\text\{ *)?C(?:elsius)?\b *\}? => \\text{celsius}
-(?:\^\\circ|\bdegrees?\b)[ {]*(?:\\text\{ *)?F(?:ahrenheit)?\b *\}? => \\text{fahrenheit}
-(?<=[0-9}]) *(?:\\text\{ *degrees? *\}|degrees?\b) => ^\\circ\x20
-([0-9]+) *\^\\circ *([0-9]+) *' *([0-9]+) *'' => (\1+\\frac{\2}{60}+\\frac{\3}{3600})^\\circ\x20
-([0-9]+) *\^\\circ *([0-9]+) *'(?!') => (\1+\\frac{\2}{60})^\\circ\x20
+\^ *\{? *\\circ *\}? * => ^{\\circ}
+(?:\\text\{ *)?(?:\^\{\\circ\}|\bdegrees?\b) *(?:\\text\{ *)?C(?:elsius)?\b *\}? => \\text{celsius}
+(?:\\text\{ *)?(?:\^\{\\circ\}|\bdegrees?\b) *(?:\\text\{ *)?F(?:ahrenheit)?\b *\}?
+    => \\text{fahrenheit}
+(?<=[0-9}]) *(?:\\text\{ *degrees? *\}|degrees?\b) => ^{\\circ}
+([0-9]+) *\^\{\\circ\} *([0-9]+) *' *([0-9]+) *'' => (\1+\\frac{\2}{60}+\\frac{\3}{3600})^{\\circ}
+([0-9]+) *\^\{\\circ\} *([0-9]+) *'(?!') => (\1+\\frac{\2}{60})^{\\circ}
 ^(.*[=0-9].*)\\approx.*$ => \1
 \\approx => =
 (?<=[^ ,])[, ]*(?:\\text\{ *)?\(?\b(?:where|for (?:all|any|every|each)|approximately|exactly|only
     |in total|total|altogether)\b.*$ =>
-(?<=[^ ,])[, ]*\(? *(?:\\text\{ *for *\} *)?[a-z](?:, *[a-z])* *\\in *\\(?:mathbb|mathbf|text)
-    *\{?[ZNQ]\}?[^,]*$ =>
-(?:, *)?\\text\{,? *(?:and|or|,) *\}|(?:, *)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]) => ,
+(?<=[^ ,])(?:[, ]+\(?|\() *(?:\\text\{ *for *\} *)?[a-z](?:, *[a-z])* *\\in *\\?(?:mathbb|mathbf)? *
+    \{?[ZNQ]\}?[^,]*$ =>
 ^(?:\\text\{)?\(?([A-J])\)?\}?$ => \1
 ^(?:\\text\{)?\(([A-J])\) *\}? *(?=[^ =(*/^+-]) => (\1)=
 ^(?:\\text\{)?([A-J])[.)]\}?  *(?=.) => (\1)=
 ^(\\text\{)?([A-J]): *(?=[a-zA-Z]) => (\2)=\1
-^(?:\\text\{([^{}:]{1,40}): *\}|([A-Za-z][A-Za-z]{0,20}):)(?=.) => \1\2=
+^\\text\{([^{}:]{1,40}):? *\} *= *(?=.) => \1=
+^\\text\{([^{}:]{1,40}): *\} *(?=.) => \1=
+^\\text\{([^{}:]{1,40}): *([^{}]+)\}$ => \1=\2
+^([A-Za-z][A-Za-z ]{0,20}): *(?=.) => \1=
+^\\text\{[^{}]{0,40}\bis:? *\} *(?=.) =>
+\b(?:square|sq) +([a-z]+)\b => \1^2
+\bcubic +([a-z]+)\b => \1^3
+([a-z]{2,}) squared\b => \1^2
+([a-z]{2,}) cubed\b => \1^3
+[ ]*(?:\bper(?: an?)?\b|每) * => /
 # plain text, matrices, {x : x > 2}, x \ne 5, ]2,5[, all reals
-(?<![\\a-zA-Z])(pi|sqrt|a?r?c?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp|theta|alpha|beta)(?![a-zA-Z])
-    => \\\1
-\\sqrt *\(([^()]*)\) => \\sqrt{\1}
+(?<![\\a-zA-Z])(pi|sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp|theta|alpha|beta)
+    (?![a-zA-Z]) => \\\1
 \\sqrt *\(([^()]*)\) => \\sqrt{\1}
 \{?([^{}\\]+)\\choose([^{}\\]+)\}? => \\binom{\1}{\2}
-([^=,;&()\[\]]*?)\\begin\{([pbB]?(?:small)?matrix|array|cases|aligned|align\*?|gathered)\}(?:\{[lcr|]*\})?(.*?)
-    \\end\{\2\}(?![\w^(\\]) => rows
+([^=,;&()\[\]]*?)\\begin\{([pbB]?(?:small)?matrix|array|cases|aligned|align\*?|gathered)\}
+    (?:\{[lcr|]*\})?(.*?)\\end\{\2\}(?![\w^(\\]) => rows
 \\\{ *[a-z] *[|:](.*)\\\}$ => \1
 \\mathbb *\{?R\}? *(?:\\setminus|\\backslash|-) *\\\{([^,{}]+)\\\} => (-\\infty,\1)\\cup(\1,\\infty)
 ^([a-z]) *\\ne *([^,]+)$ => \1<\2,\1>\2
@@ -571,20 +525,17 @@ _\{?\(?(?:\\text\{)? *([a-z]{3,6}) *\}?\)?\}?$ => base
 (^|\\cup *|\\in *|= *)\]([^\[\]]+)\] => \1(\2]
 (^|\\cup *|\\in *|= *)\[([^\[\]]+)\[ => \1[\2)
 """
-COMPUTED = {"symbol": symbol, "base": base, "remainder": remainder, "repeating": repeating,
-            "rows": rows}
+FUNCTIONS = {"symbol": symbol, "base": base, "remainder": remainder, "repeating": repeating,
+             "rows": rows}
 
 def compiled(table):
     """[(pattern, what it becomes), ...]"""
-    keys = [re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
-            for old in sorted(SYMBOLS, key=len, reverse=True)]
-    found = []
-    for line in re.sub(r"\n +", "", table).strip().split("\n"):
-        pattern, _, new = line.partition("=> " if "=> " in line else "=>")
-        if line[0] != "#":
-            pattern = "|".join(keys) if pattern == "SYMBOL " else pattern.removesuffix(" ")
-            found.append((re.compile(pattern, re.S), COMPUTED.get(new, new.replace(r"\x20", " "))))
-    return found
+    symbols = [re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
+               for old in sorted(SYMBOLS, key=len, reverse=True)]
+    lines = re.sub(r"\n +", "", re.sub(r"\n +=>", " =>", table))
+    rules = [line.split(" =>") for line in lines.strip().split("\n") if line[0] != "#"]
+    return [(re.compile(pattern.replace("SYMBOLS", "|".join(symbols)), re.S),
+             FUNCTIONS.get(new.strip(), new.strip().replace("␣", " "))) for pattern, new in rules]
 
 RULES = compiled(RULES)
 SYNONYMS = {alias: line.split("|")[0] for line in r"""
@@ -592,7 +543,7 @@ SYNONYMS = {alias: line.split("|")[0] for line in r"""
 (-\infty,\infty)|allrealnumbers|allreals|anyrealnumber|allrealx|reals|全体实数|一切实数
 \infty|infinity|positiveinfinity|+\infty
 doesnotexist|dne|undefined|不存在
-infinitelymany|infinitelymanysolutions|infinite|无数个|无穷多个
+infinitelymany|infinitelymanysolutions|无数个|无穷多个
 yes|是
 no|否
 """.split() for alias in line.split("|")}
@@ -602,7 +553,7 @@ def clean(text):
     """LaTeX answer without styling and final full stop, with one way to write each thing."""
     for pattern, new in RULES:
         text = pattern.sub(new, text)
-    text = text.strip().rstrip(".,;:\\ ")
+    text = text.translate(SCRIPTS).strip().rstrip(".,;:\\ ")
     while text[:1] == "{" and 0 not in depths(text)[:-1] and len(text) > 2:
         text = text[1:-1].strip()
     return SYNONYMS.get(squeeze(unwrap(text)).casefold().replace(" ", ""), text)
@@ -632,83 +583,52 @@ def split(text, separator):
 UNITS = {word: unit.split()[0] for unit in r"""
     m meter metre 米 | cm centimeter centimetre 厘米 | mm millimeter millimetre 毫米 | dm decimeter 分米
     | km kilometer kilometre 千米 公里 | nm nanometer | in inch inche | ft foot feet | yd yard | mi mile
-    | m^2 平方米 | cm^2 平方厘米 | km^2 平方千米 | dm^2 平方分米 | m^3 立方米 | cm^3 cc 立方厘米
-    | dm^3 立方分米 | acre | g gram 克 | kg kilogram kilo 千克 公斤 | mg milligram | t ton tonne 吨
-    | lb pound | oz ounce | l L liter litre 升 | ml mL milliliter millilitre 毫升 | gal gallon | cup
-    | s sec second 秒 | min minute 分钟 | h hr hour 小时 时 | d day 天 日 | wk week 周 星期
-    | mo month 个月 月 | yr year 年 岁 | decade | am | pm | mi/h mph | km/h kph kmh kmph | Hz hertz
-    | N newton 牛顿 牛 | J joule 焦耳 焦 | kJ kilojoule | W watt | kW kilowatt | V volt 伏 | A amp ampere
-    | Ω ohm | F farad | C coulomb | T tesla | K kelvin | Pa pascal | kPa kilopascal | atm atmosphere
-    | eV ev electronvolt | cal calorie | kcal | erg | dyne | mol mole | M molar | bit | byte | celsius
-    | fahrenheit | dollar $ usd buck | cent ¢ | euro € eur | £ | ¥ | yuan 元 rmb 人民币 | yen | rupee ₹
-    | peso | dime | nickel | quarter | penny pennie | mod
-    | count unit square item piece apple orange banana pear cookie candy candie marble ball bead block
-    toy book page pencil pen crayon sticker card coin stamp ticket bag box boxe bottle jar can person
-    people student child children kid man men woman women boy girl teacher friend adult player team
-    guest passenger worker employee member dog cat cow pig horse sheep duck chicken egg bird fish
-    rabbit animal tree flower plant seed rose car bu buse truck bike wheel train house room chair
-    table door window floor brick tile way time number integer solution root point goal score vote
-    term digit letter word side edge vertex vertice face diagonal triangle circle rectangle cube
-    angle line segment path pair set subset element value case outcome combination permutation
-    arrangement possibility possibilitie sequence game match round race trip lap step mark question
-    problem slice pizza cake pie cupcake muffin donut sandwich meal glass glasse dish dishe plate
-    shirt shoe sock dres dresse hat color colour song movie photo picture radian rad 个 人 只 本 支 张
-    件 块 条 棵 名 位 次 种 元素 袋 箱 辆 页 分 束
-""".split("|") for word in unit.split()}
-POWERS = [(r"\b(?:square|sq) +([^\W\d_]+)", r"\1^2"), (r"\bcubic +([^\W\d_]+)", r"\1^3"),
-          (r"([^\W\d_]+) +squared", r"\1^2"), (r"([^\W\d_]+) +cubed", r"\1^3"),
-          (r"\bper\b|每", "/"), (r"(?<=/) *an? ", "")]
+    | m^2 平方米 | cm^2 平方厘米 | km^2 平方千米 | dm^2 平方分米 | m^3 立方米 | cm^3 cc 立方厘米 | acre
+    | g gram 克 | kg kilogram kilo 千克 公斤 | mg milligram | t ton tonne 吨 | lb pound | oz ounce | cup
+    | l L liter litre 升 | ml mL milliliter 毫升 | gal gallon | s sec second 秒 | min minute 分钟
+    | h hr hour 小时 时 | d day 天 日 | wk week 周 星期 | mo month 个月 月 | yr year 年 岁 | am | pm
+    | mi/h mph | km/h kph kmh | Hz hertz | N newton 牛顿 牛 | J joule 焦耳 焦 | kJ kilojoule | W watt
+    | kW kilowatt | V volt 伏 | A amp ampere | Ω ohm | F farad | C coulomb | T tesla | K kelvin
+    | Pa pascal | kPa | atm | eV ev | cal calorie | kcal | erg | dyne | mol mole | M molar | bit | byte
+    | celsius | fahrenheit | dollar $ usd buck | cent ¢ | euro € eur | £ | ¥ | yuan 元 rmb 人民币 | yen
+    | rupee ₹ | dime | nickel | quarter | penny pennie | mod
+    | count unit square item piece apple orange banana cookie candy candie marble ball block toy book
+    page pencil pen card coin stamp ticket bag box boxe bottle person people student child children
+    man men woman women boy girl teacher friend adult player team member dog cat cow horse sheep egg
+    chicken bird fish animal tree flower plant car bus buse truck bike house room chair table tile way
+    time number integer solution root point goal score vote term digit letter word side edge vertex
+    vertice face diagonal triangle circle rectangle cube angle line segment path pair set subset
+    element value case outcome combination permutation arrangement possibility possibilitie sequence
+    game match round trip step question problem slice pizza cake pie cupcake glass glasse plate shirt
+    hat color song photo picture radian rad 个 人 只 本 支 张 件 块 条 棵 名 位 次 种 元素
+""".split("|") for word in unit.split() for word in (word, word + "s")}
 ATOM = (r"(?:\\text\{(?:[^{}]|\{[^{}]*\})*\}|[a-zA-Z][a-zA-Z.]*|[¢$€£¥₹Ω\u4e00-\u9fff]+|/|\\cdot)"
         r"(?: *\^ *\{? *-?[0-9] *\}?)?")
-UNIT = re.compile(rf"(.*?(?:[0-9)}}\]!]|\\pi|\\circ|(?<=.)(?= *\\text)))[ (]*((?:{ATOM} *)+)\)?",
-                  re.S)
-MONEY = re.compile(r"([+-]?) *\\?([$€£¥₹]) *(?=[0-9.])")
+UNIT = re.compile(rf"(.*?(?:[0-9)}}\]!]|\\pi|(?<=.)(?= *\\text)))[ (]*((?:{ATOM} *)+)\)?", re.S)
+MONEY = re.compile(r"([+-]?) *\\?([$€£¥₹]) *(?=[0-9.])(.*)")
 
 def split_unit(text):
-    """`5\\text{ km}` -> ("5", "km^1"); the unit is "" if there is none."""
-    money = MONEY.match(text)
-    if money:
-        text = f"{money[1]}{text[money.end():]}\\text{{{money[2]}}}"
-    found = UNIT.fullmatch(text.strip())
+    """`5\\text{ km}` -> ("5", "km"); the unit is "" if there is none."""
+    found = UNIT.fullmatch(MONEY.sub(r"\1\3\\text{\2}", text.strip()))
     if not found:
-        return text, "°" * text.rstrip().endswith(r"\circ")
+        return text, "°" * text.rstrip().endswith(r"^{\circ}")
     value, tail = found[1], found[2].strip()
-    letters = re.match("[a-zA-Z](?![a-zA-Z])|mg$", tail)  # 5m is 5, but 2c is not 2, and 2mg may be a force
     unit = read_unit(tail)
-    if unit is None or letters and not (
-            number(value) is not None and (tail in "msghl" or "/" in tail)):
-        return text, ""
-    return value, unit
+    letter = re.match("[a-zA-Z](?![a-zA-Z])|mg$", tail)  # 5m is 5, but 2c is not 2, 2mg may be a force
+    plain = number(value) is not None and (tail in "msghl" or "/" in tail)
+    return (text, "") if unit is None or letter and not plain else (value, unit)
 
 def read_unit(text):
-    """`km/h`, `kilometers per hour`, `km \\cdot h^{-1}` -> "h^-1 km^1"; None if a word is no unit."""
-    text = re.sub(r"\\text|\\cdot|[{}()]", " ", text).replace(".", "")
-    for old, new in POWERS:
-        text = re.sub(old, new, text)
-    text = re.sub(r"[^\W\d_]+|[¢$€£¥₹]", unit_name, text)
-    powers, sign = Counter(), 1
-    for slash, name, power in re.findall(r"(/)|([^\W\d_]+|[?£¥])(?: *\^ *(-?[0-9]+))?", text):
-        if slash:
-            sign = -1
-        else:
-            powers[name] += sign * int(power or 1)
-    del powers["count"]
-    return None if "?" in text else " ".join(f"{n}^{p}" for n, p in sorted(powers.items()))
-
-def unit_name(found):
-    word = found[0]
-    for form in (word, word.lower() if len(word) > 1 else word):
-        for name in (form, form.removesuffix("s")):
-            if name in UNITS:
-                return UNITS[name]
-    return "?"
+    """`kilometers per hour` or `km/h` -> "km/h"; None if a word in it is no unit."""
+    text = re.sub(r"\\text|\\cdot|[{}() .\\]", " ", text)
+    names = [UNITS.get(word) or UNITS.get(word.lower()) or word
+             for word in re.findall(r"[^\W\d_]+|\S", text)]
+    return None if any(name.isalpha() and name not in UNITS for name in names) else "".join(names)
 
 def number(text):
     """Plain number -> exact Decimal or Fraction, else None. 1e400 is never expanded to its digits."""
-    power = re.fullmatch(r"([+-]?)(?:([0-9.]+) *(?:\\times|\\cdot|\*) *)?10\^\{?([+-]?[0-9]{1,6})\}?",
-                         text)
-    if power:
-        text = f"{power[1]}{power[2] or 1}e{power[3]}"
+    text = re.sub(r"^([+-]?)10\^", r"\g<1>1*10^", text)
+    text = re.sub(r"(?<=[0-9.])(\\times|\\cdot|\*)10\^\{?([+-]?[0-9]{1,6})\}?$", r"e\2", text)
     if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]*)?", text):
         text = text.replace(",", "")
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?", text):
@@ -725,8 +645,7 @@ def same_number(a, b, tolerance=None):
     return a == b or decimals and small and close(Fraction(a), Fraction(b), tolerance)
 
 def close(a, b, tolerance=None):
-    """Equal to 6 decimals, like 1/3 and 0.333333; below 1e-3 to a relative 1e-6 (Math-Verify: 5e-7
-    is 0)."""
+    """Equal to 6 decimals, like 1/3 and 0.333333; below 1e-3 relative (Math-Verify: 5e-7 is 0)."""
     size = max(abs(a), abs(b))
     return bool(abs(a - b) <= (tolerance or (5e-7 if size >= 1e-3 else 1e-6 * size)))
 
@@ -736,17 +655,14 @@ def close(a, b, tolerance=None):
 @lru_cache(4096)
 def algebra_equal(gold, pred):
     """Two expressions, or two equations, which are equal if one is a multiple of the other."""
-    from math_verify import verify
     from sympy import Eq
     a, b = parse(gold), parse(pred)
     if isinstance(a, Eq) and isinstance(b, Eq):
         a, b = a.lhs - a.rhs, b.lhs - b.rhs
         point = next(points(a, b))
         a, b = a * b.subs(point), b * a.subs(point)
-    if getattr(a, "is_Matrix", False) and getattr(b, "is_Matrix", False):
-        return a.shape == b.shape and all(same_numbers(x, y) for x, y in zip(a, b))
-    agreed = same_numbers(a, b)
-    return verify(a, b, timeout_seconds=None) if agreed is None else agreed
+    agreed = same_everywhere(a, b)
+    return (a - b).simplify() == 0 if agreed is None else agreed
 
 def parse(text):
     """Math-Verify's parser, but with the case of letters kept."""
@@ -765,44 +681,52 @@ def points(a, b):
     from sympy import Rational
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     for turn in range(8):
-        yield {s: Rational((31 + 17 * i + 7 * turn) * (-1) ** (turn >> i % 3), 29)
-               for i, s in enumerate(symbols)}
+        yield {symbol: Rational((31 + 17 * i + 7 * turn) * (-1) ** (turn >> i % 3), 29)
+               for i, symbol in enumerate(symbols)}
 
-def same_numbers(a, b):
+def same_everywhere(a, b):
     """Are two expressions equal wherever both are real? To 25 digits, but like decimals if one is a
     float (Math-Verify: all below 5e-7 are equal). None if that cannot be told."""
     from sympy import Float, Integral, Product, Sum
-    if a == b or a.is_Rational and b.is_Rational or a.is_number and b.is_number and False in (a.is_finite, b.is_finite):
+    numbers = a.is_number and b.is_number
+    if a == b or numbers and (a.is_Rational and b.is_Rational or not (a.is_finite and b.is_finite)):
         return a == b
-    if a.has(Sum, Product, Integral) or b.has(Sum, Product, Integral):
+    if (a + b).has(Sum, Product, Integral) and not numbers:
         return None
-    decimals, told = a.has(Float) or b.has(Float), 0
+    decimals = (a + b).has(Float)
+    told = 0
     for point in points(a, b):
         x, y = a.subs(point).evalf(40), b.subs(point).evalf(40)
-        if x.is_number and y.is_number and (x.is_real and y.is_real or not point):
+        if numbers or x.is_real and y.is_real:
             if not close(x, y, None if decimals else 1e-25 * max(abs(x), abs(y))):
                 return False
             told += 1
     return True if told > 1 else None
 
+def alarm(seconds):
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
 def worker():
     """The child process: lines [seconds, [[gold, pred], ...]] in, lines [score, status] out. It ends
-    with its parent: at the end of its input, or by the alarm where it is busy."""
+    with its parent: its input ends, or what it writes finds no reader."""
     out, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
     logging.disable(logging.CRITICAL)
     if sys.platform == "linux":
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes: (10^9)! is to fail
+        signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt
     for line in sys.stdin:
         seconds, pairs = json.loads(line)
-        if hasattr(signal, "setitimer"):  # not on Windows
-            signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         score, status = 0.0, "unparsable"
-        for gold, pred in pairs:
-            with suppress(Exception):  # on odd input the parser and SymPy raise nearly every type
-                score, status = max(score, float(compare(gold, pred, algebra_equal))), "ok"
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            alarm(seconds)
+            for gold, pred in pairs:
+                with suppress(Exception):  # on odd input the parser and SymPy raise nearly every type
+                    score, status = max(score, float(compare(gold, pred, algebra_equal))), "ok"
+        except KeyboardInterrupt:
+            status = "timeout"
+        alarm(0)
         print(json.dumps([score, status]), file=out, flush=True)
 
 class Worker:
@@ -813,8 +737,8 @@ class Worker:
         self.process = self.owner = None
 
     def ask(self, pairs, seconds):
-        """(score, status) of [(gold, pred), ...] within `seconds`; one that hangs or dies is killed
-        and replaced."""
+        """(score, status) of [(gold, pred), ...] within `seconds` + 1; a process that hangs or dies
+        is replaced."""
         if self.owner != os.getpid():  # a forked child must not read its parent's answers
             self.process, self.owner = None, os.getpid()
         if self.process is None or self.process.poll() is not None:
@@ -830,10 +754,9 @@ class Worker:
         return self.talk(pairs, seconds)
 
     def talk(self, pairs, seconds):
-        start = time.monotonic()
-        late = threading.Timer(seconds, self.process.kill)  # select cannot watch pipes on Windows
+        start, line = time.monotonic(), b""
+        late = threading.Timer(seconds + 1, self.process.kill)  # on Windows no pipe can be polled
         late.start()
-        line = b""
         with suppress(OSError):  # it has just died
             self.process.stdin.write(json.dumps([seconds, pairs]).encode() + b"\n")
             line = self.process.stdout.readline()
@@ -841,7 +764,7 @@ class Worker:
         if line:
             return tuple(json.loads(line))
         self.stop()
-        return 0.0, "timeout" if time.monotonic() - start >= seconds else "error"
+        return 0.0, "timeout" if time.monotonic() - start > seconds else "error"
 
     def stop(self):
         if self.process:
@@ -852,8 +775,8 @@ class Worker:
 
 # ---- The functions to call -----------------------------------------------------------------------
 
-TASKS = {"chainsum": chainsum, "add": add, "countdown": countdown, "tableqa": tableqa, "kk": kk,
-         "qa": qa, "math": math}
+TASKS = {"chainsum": chainsum, "countdown": countdown, "tableqa": tableqa, "kk": kk, "qa": qa,
+         "math": math}
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""
@@ -864,11 +787,25 @@ def judge(task, response, problem):
         return result
     return (0.0, result) if isinstance(result, str) else (float(result), "ok")
 
+def check_gold(task, problem):
+    """None, or why no response can be right: the reference is graded as if it were a response."""
+    answer = problem.get("answer")
+    golds = [str(gold) for gold in as_list(answer)]
+    if max(map(len, golds)) > MAX_CHARS:
+        return f"its reference is longer than {MAX_CHARS} characters"
+    responses = {"chainsum": f"#{answer}$", "tableqa": f"<answer>{', '.join(golds)}</answer>",
+                 "qa": f"<answer>{golds[0]}</answer>", "kk": f"<answer>{answer}</answer>"}
+    if task == "math":
+        responses["math"] = r"\boxed{%s}" % as_list(reduce_gold(as_list(answer)[0]))[0]
+    if task in responses and judge(task, responses[task], problem) != (1.0, "ok"):
+        return f"no response can equal its reference {golds[0][:60]!r}"
+    return None
+
 class Scorer(AbstractContextManager):
     """scorer([(task, response, problem), ...]) -> [(score, status), ...] in the same order, from any
     thread. Computer algebra, which only math may need, is spread over `workers` processes, at most
-    `timeout` seconds for a response. A batch that is full of bombs gets less and less: after PATIENT
-    time-outs a quarter of that, after GIVE_UP the rest is marked "timeout" unseen."""
+    `timeout` seconds for a response. In a batch that is full of bombs it gets a quarter of that after
+    PATIENT time-outs, and after GIVE_UP the rest is marked "timeout" unseen."""
 
     PATIENT, GIVE_UP = 4, 16
 
@@ -880,12 +817,11 @@ class Scorer(AbstractContextManager):
 
     def __call__(self, items):
         results = [judge(*item) for item in items]
-        late = []
+        late = []  # a list, as all threads add to it
         pool = ThreadPoolExecutor(len(self.workers))
         try:
-            asked = {i: pool.submit(self.ask, result, late)
-                     for i, result in enumerate(results) if isinstance(result, list)}
-            return [asked[i].result() if i in asked else r for i, r in enumerate(results)]
+            asked = [pool.submit(self.ask, r, late) if isinstance(r, list) else r for r in results]
+            return [r if isinstance(r, tuple) else r.result() for r in asked]
         finally:
             pool.shutdown(cancel_futures=True)  # at Ctrl-C the rest is not graded first
 
@@ -894,8 +830,7 @@ class Scorer(AbstractContextManager):
             return 0.0, "timeout"
         w = self.idle.get()
         try:
-            seconds = self.timeout if len(late) < self.PATIENT else self.timeout / 4
-            result = w.ask(pairs, seconds)
+            result = w.ask(pairs, self.timeout if len(late) < self.PATIENT else self.timeout / 4)
         finally:
             self.idle.put(w)
         if result[1] == "timeout":
@@ -909,7 +844,7 @@ class Scorer(AbstractContextManager):
     def __exit__(self, *exc):
         self.close()
 
-SINGLE = Scorer(workers=1, timeout=5)
+SINGLE = Scorer(workers=1, timeout=4)
 
 def grade(task, response, **problem):
     """(score in [0, 1], status) of one response; may be called in any thread."""
