@@ -424,6 +424,8 @@ def load_file(path):
     rows = Rows(path)
     try:
         for row in rows:
+            if isinstance(row, dict) and None in row:  # where csv puts them
+                raise ValueError("more fields than the header has; quote commas")
             problem = from_row(row, f"{path.stem}-{rows.number}")
             if problem.id in problems:  # results are stored and compared by id
                 raise ValueError(f"the id {problem.id!r} is taken already")
@@ -455,8 +457,8 @@ class Rows:
             return self.count(json.loads(text.decode()))
         lines = (line.decode() for line in self.count(text.splitlines(True)))
         if self.path.suffix == ".csv":
-            return csv.DictReader(lines, restkey="more fields than the header has", strict=True)
-        return (json.loads(line) for line in lines if line.strip())  # also in many a .json file
+            return csv.DictReader(lines, strict=True)
+        return (json.loads(line.strip()) for line in lines if line.strip())  # many a .json is such
 
     def count(self, things):
         for self.number, thing in enumerate(things, 1):

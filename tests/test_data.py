@@ -1,4 +1,5 @@
-"""data.py: what a wrong problem set would spoil silently. Each test names the failure that it prevents."""
+"""data.py: what a wrong problem set would spoil silently. Each test names the failure it prevents."""
+import hashlib
 import itertools
 import json
 import random
@@ -9,8 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,587 +17,479 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 from data import Problem  # noqa: E402
 
-PROCEDURAL = ["chainsum", "add", "countdown", "minitable", "kk"]
+TASKS = ["chainsum", "countdown", "minitable"]
 
 
-# ---------------------------------------------------------------- independent readers of the procedural prompts
-
-def people_and_claims(prompt):
-    """("Ann", "Bob"), [(speaker, operator, (person, is_knight), ...)] parsed from the text of a kk prompt."""
-    said = re.findall(r"(\w+) says: ([^.]*)\.", prompt)
-    claims = []
-    for speaker, text in said:
-        atoms = [(name, role == "knight") for name, role in re.findall(r"(\w+) is a (knight|knave)", text)]
-        op = ("iff" if "if and only if" in text else "implies" if text.startswith("if ") else
-              "and" if " and " in text else "or" if " or " in text else "is")
-        claims.append((speaker, op, atoms))
-    return [s for s, _ in said], claims
-
-
-def says_true(op, atoms, roles):
-    p, *q = [(roles[name] == "knight") == v for name, v in atoms]
-    return {"is": lambda: p, "and": lambda: p and q[0], "or": lambda: p or q[0],
-            "iff": lambda: p == q[0], "implies": lambda: q[0] if p else True}[op]()
-
-
-def kk_solutions(prompt):
-    names, claims = people_and_claims(prompt)
-    every = [dict(zip(names, r)) for r in itertools.product(["knight", "knave"], repeat=len(names))]
-    return [roles for roles in every
-            if all(says_true(op, atoms, roles) == (roles[s] == "knight") for s, op, atoms in claims)]
-
+# ---- Procedural tasks: the prompts read by other code than that which wrote them -----------------
 
 def canonical(name, prompt):
-    """What makes two problems the same one, written anew: not the key that data.py splits by."""
+    """What makes two problems the same one; not the key that data.py splits by."""
     if name == "chainsum":
         return prompt
-    if name == "add":
-        return tuple(sorted(re.findall(r"\d+", prompt)))
     if name == "countdown":
         return tuple(sorted(prompt.split(" ->")[0].split()))
-    if name == "minitable":
-        return prompt.rsplit("\n", 1)[0]
-    names, claims = people_and_claims(prompt)
-    forms = set()
-    for order in itertools.permutations(range(len(names))):
-        number = dict(zip(names, order))
-        forms.add(frozenset((number[s], op, tuple((number[n], v) for n, v in atoms) if op == "implies"
-                             else frozenset((number[n], v) for n, v in atoms)) for s, op, atoms in claims))
-    return frozenset(forms)
+    return prompt.rsplit("\n", 1)[0]  # the table
 
 
 def reachable(numbers):
-    """All values that the numbers make, each used once: join any two, then go on. Not data.py's list of shapes."""
+    """All values that the numbers make, each used once: join any two, then go on."""
     if len(numbers) == 1:
         return set(numbers)
-    out = set()
+    found = set()
     for i, j in itertools.permutations(range(len(numbers)), 2):
         a, b = numbers[i], numbers[j]
         rest = [x for k, x in enumerate(numbers) if k not in (i, j)]
-        for v in [a + b, a - b, a * b] + ([a / b] if b else []):
-            out |= reachable([v, *rest])
-    return out
+        values = [a + b, a - b, a * b]
+        if b:
+            values.append(a / b)
+        for value in values:
+            found |= reachable([value, *rest])
+    return found
 
 
 def table_answer(prompt):
-    """Answer a minitable question from its text."""
     *lines, question = prompt.split("\n")
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     columns = list(zip(rows[0][1:], rows[2][1:]))
-    cells = {(r[0], c): int(v) for r in rows[3:] for c, v in zip(columns, r[1:])}
     region, year = re.search(r" in (\w+) in (\d{4})", question).groups()
-    value = {r[0]: cells[r[0], (year, region)] for r in rows[3:]}
-    names = [w for w in re.findall(r"\w+", question) if w in value]
+    column = columns.index((year, region))
+    value = {row[0]: int(row[1 + column]) for row in rows[3:]}
+    named = [word for word in re.findall(r"\w+", question) if word in value]
     if "largest" in question:
         return [max(value, key=value.get)]
     if "exceed" in question:
-        return [value[names[0]] - value[names[1]]]
+        return [value[named[0]] - value[named[1]]]
     if "sum" in question:
-        return [value[names[0]] + value[names[1]]]
+        return [value[named[0]] + value[named[1]]]
     if "divided" in question:
-        return [round(value[names[0]] / value[names[1]], 4)]
-    return [value[n] for n in names]
+        return [round(value[named[0]] / value[named[1]], 4)]
+    return [value[name] for name in named]
 
 
-# ---------------------------------------------------------------- procedural tasks
-
-@pytest.mark.parametrize("name", PROCEDURAL)
+@pytest.mark.parametrize("name", TASKS)
 def test_no_seed_puts_a_training_problem_into_the_test_set(name):
-    """Also not in another order, under other names, or through the demonstrations of the warm start."""
+    """Also not in another order, or through the demonstrations of the warm start."""
     train = {canonical(name, p.prompt) for seed in range(4) for p in data.load(name, "train", 250, seed)}
-    train |= {canonical(name, prompt) for phase in ("skill", "habit") for prompt, _ in data.demos(name, 250, phase)}
+    for phase in ("skill", "habit"):
+        train |= {canonical(name, prompt) for prompt, _ in data.demos(name, 250, phase)}
     test = {canonical(name, p.prompt) for seed in range(4) for p in data.load(name, "test", 120, seed)}
     assert not train & test
     assert len(test) > 15 and len(train) > 60
 
 
-@pytest.mark.parametrize("name", PROCEDURAL)
-def test_problem_i_does_not_depend_on_n(name):
-    long = data.load(name, "train", 40, seed=3)
+@pytest.mark.parametrize("name", TASKS)
+def test_problem_i_is_a_function_of_its_number(name):
+    """Not of how many are loaded, nor of the caller's random numbers; ids tell seeds apart."""
     state = random.getstate()
-    assert data.load(name, "train", 15, seed=3) == long[:15]
-    assert random.getstate() == state  # nor does loading disturb the caller's random numbers
+    many = data.load(name, "train", 40, seed=3)
+    assert data.load(name, "train", 15, seed=3) == many[:15]
+    assert random.getstate() == state
     assert data.demos(name, 10) == data.demos(name, 30)[:10]
-    assert [p.prompt for p in data.load(name, "train", 40, seed=4)] != [p.prompt for p in long]
-    both = long + data.load(name, "train", 40) + data.load(name, "test", 40)
-    assert len({p.id for p in both}) == len(both)  # ids tell seeds and splits apart
+    other = data.load(name, "train", 40) + data.load(name, "test", 40)
+    assert len({p.id for p in many + other}) == 120
+    assert [p.prompt for p in other[:40]] != [p.prompt for p in many]
 
 
-def test_the_default_task_never_changes():
-    """Published numbers are about these very problems: a change of the generator must be noticed."""
+@pytest.mark.parametrize("name, digest", [("chainsum", "41e9b87b2cb47077"), ("countdown", "b7d8b8b29c9e2d9d"),
+                                          ("minitable", "c7a24c9987cf2ed7")])
+def test_the_tasks_never_change(name, digest):
+    """Published numbers are about these very problems and demonstrations."""
+    problems = data.load(name, "train", 300, 1) + data.load(name, "test", 300, 1)
+    found = [[vars(p) for p in problems], *(data.demos(name, 300, phase, 1) for phase in ("skill", "habit"))]
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == digest
+
+
+def test_sizes_and_names_of_the_default():
     assert [p.prompt for p in data.load("chainsum", "train", 3)] == ["076044=", "267512=", "750258="]
-    assert data.load("chainsum", "test")[17] == Problem("384550=", {"answer": "5"}, "chainsum", "chainsum-test-17")
-    assert data.demos("chainsum", 2) == [("408216=", ">442451#1$"), ("822096=", ">891106#6$")]
+    seventeenth = Problem("384550=", {"answer": "5"}, "chainsum", "chainsum-test-17")
+    assert data.load("chainsum", "test")[17] == seventeenth
     assert len(data.load("chainsum")) == 8192 and len(data.load("chainsum", "test")) == 1024
 
 
-def test_chainsum_and_add_golds():
+def test_golds_are_right():
     for split in ("train", "test"):
         for p in data.load("chainsum", split, 300):
-            assert re.fullmatch(r"\d{6}=", p.prompt) and p.task == "chainsum"
+            assert re.fullmatch(r"\d{6}=", p.prompt)
             assert p.answer == {"answer": str(sum(int(d) for d in p.prompt[:-1]) % 10)}
-        lengths = set()
-        for p in data.load("add", split, 300):
-            a, b = re.fullmatch(r"(\d+)\+(\d+)=", p.prompt).groups()
-            lengths.add(len(a))
-            assert len(a) == len(b) and p.answer == {"answer": str(int(a) + int(b))}
-        assert lengths == {2, 3, 4, 5, 6}
-
-
-def test_every_countdown_puzzle_is_solvable_and_none_is_missing():
-    puzzles = set(data.countdown_puzzles()[1])
-    brute = {(m, t) for m in itertools.combinations_with_replacement(range(1, 10), 3)
-             for t in reachable([Fraction(x) for x in m]) if t in range(1, 31)}
-    assert puzzles == brute and len({m for m, _ in brute}) == 165
-    for p in data.load("countdown", "test", 200):
+    for p in data.load("countdown", "test", 100):
         numbers, target = p.answer["numbers"], p.answer["target"]
-        assert (tuple(sorted(numbers)), target) in brute and p.answer["format"] == "boxed"
+        assert target in reachable([Fraction(x) for x in numbers])
         assert p.prompt == f"{numbers[0]} {numbers[1]} {numbers[2]} -> {target} ="
 
 
-def test_countdown_expressions_have_the_value_they_claim():
-    for text, value in data.expressions((2, 3, 7)):
-        assert sorted(re.findall(r"\d", text)) == ["2", "3", "7"]
-        assert value == eval(re.sub(r"(\d)", r"Fraction(\1)", text))
-
-
-def test_kk_puzzles_have_exactly_one_solution():
-    sizes = set()
-    for p in data.load("kk", "train", 300) + data.load("kk", "test", 300):
-        assert kk_solutions(p.prompt) == [p.answer["answer"]], p.prompt
-        sizes.add(len(p.answer["answer"]))
-        for speaker, op, atoms in people_and_claims(p.prompt)[1]:
-            assert op != "is" or atoms[0][0] != speaker  # "I am a knight" tells nothing
-    assert sizes == {2, 3, 4}
+def test_countdown_knows_every_puzzle():
+    every = set()
+    for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
+        values = reachable([Fraction(x) for x in numbers])
+        every |= {(numbers, target) for target in range(1, 31) if target in values}
+    assert set(data.countdown_puzzles()[1]) == every
 
 
 def test_minitable_golds_and_shapes():
-    kinds, rows = set(), set()
+    kinds, sizes = set(), set()
     for p in data.load("minitable", "train", 400):
         answer = p.answer["answer"]
         assert answer == table_answer(p.prompt), p.prompt
         kinds.add((len(answer), type(answer[0]).__name__))
         lines = p.prompt.split("\n")[:-1]
-        rows.add(len(lines) - 3)
+        sizes.add(len(lines) - 3)
         assert len({line.count("|") for line in lines}) == 1
-        years = [c.strip() for c in lines[0].strip("|").split("|")[1:]]
-        assert years[0] == years[1] != years[2] == years[3]  # merged headers are repeated, not left empty
-    assert kinds == {(1, "int"), (1, "str"), (1, "float"), (2, "int")} and rows == {3, 4, 5, 6}
+        years = [cell.strip() for cell in lines[0].strip("|").split("|")[1:]]
+        assert years[0] == years[1] < years[2] == years[3]  # merged headers are repeated
+    assert kinds == {(1, "int"), (1, "str"), (1, "float"), (2, "int")} and sizes == {3, 4, 5, 6}
 
 
-@pytest.mark.parametrize("name", ["countdown", "minitable", "kk"])
-def test_questions_on_one_table_share_a_group(name):
+@pytest.mark.parametrize("name", ["countdown", "minitable"])
+def test_questions_on_one_puzzle_share_a_group(name):
     """Clustered standard errors: repeats of a puzzle are not independent questions."""
-    problems = data.load(name, "test", 1024)
-    groups = {}
+    problems = data.load(name, "test", 500)
+    keys = {}
     for p in problems:
-        groups.setdefault(p.group, set()).add(canonical(name, p.prompt))
-    assert all(len(same) == 1 for same in groups.values()) and "" not in groups
-    assert len(groups) < len(problems)
+        keys.setdefault(p.group, set()).add(canonical(name, p.prompt))
+    assert all(len(same) == 1 for same in keys.values()) and "" not in keys
+    assert len({key for same in keys.values() for key in same}) == len(keys) < len(problems)
 
 
-def gold_response(p):
-    if p.task == "chainsum":
-        return f">012345#{p.answer['answer']}$"
-    if p.task == "add":
-        return f"\\boxed{{{p.answer['answer']}}}$"
-    if p.task == "countdown":
-        hits = [t for t, v in data.expressions(p.answer["numbers"]) if v == p.answer["target"]]
-        return f"\\boxed{{{hits[0]}}}$"
-    if p.task == "tableqa":
-        return f"<answer>{', '.join(map(str, p.answer['answer']))}</answer>$"
-    return "<answer>" + ", ".join(f"{n} is a {r}" for n, r in p.answer["answer"].items()) + "</answer>$"
+@pytest.mark.parametrize("name", TASKS)
+def test_graders_accept_the_gold_and_demonstrations(name):
+    """A task whose gold its grader refuses can never be learnt. Slips leave chainsum 0.6 of its
+    worked demonstrations right, the others 0.92; a guess is rarely right."""
+    few = {"chainsum": (0.5, 0.8), "countdown": (0.88, 0.96), "minitable": (0.88, 0.96)}[name]
+    task = data.TASKS[name]
+    for phase, (low, high) in (("skill", few), ("habit", (0.02, 0.3))):
+        rng = random.Random(phase)
+        scores = []
+        for _ in range(500):
+            _, prompt, answer = data.draw(name, rng, "train")
+            response = task.demo(rng, prompt, answer, phase)
+            assert response.endswith("$") and set(prompt + response) <= set(task.chars)
+            scores.append(rewards.score(task.grader, response, **answer))
+        assert low < sum(scores) / 500 < high, (phase, sum(scores))
 
 
-@pytest.mark.parametrize("name", PROCEDURAL)
-def test_graders_accept_the_gold_and_nothing_else(name):
-    """A task whose gold its own grader refuses can never be learnt."""
-    wrong = {"chainsum": "#x$", "add": "\\boxed{1}$", "countdown": "\\boxed{1+1}$", "minitable": "<answer>-1</answer>$",
-             "kk": "<answer>Nobody is a knight</answer>$"}[name]
-    for p in data.load(name, "test", 60):
-        assert rewards.score(p.task, gold_response(p), **p.answer) == 1.0, (p, gold_response(p))
-        assert rewards.score(p.task, wrong, **p.answer) == 0.0, p
-
-
-# ---------------------------------------------------------------- demonstrations
-
-def share(hits):
-    hits = list(hits)
-    return sum(hits) / len(hits)
-
-
-def test_chainsum_skill_slips_at_the_stated_rate_and_the_slip_stays():
-    pairs = data.demos("chainsum", 3000)
-    slips, marks = [], []
-    for prompt, response in pairs:
+def test_chainsum_slips_at_the_stated_rate_and_the_slip_stays():
+    slips, synonyms = [], []
+    for prompt, response in data.demos("chainsum", 3000):
         mark, sums, last = re.fullmatch(r"([<>])(\d{6})#(\d)\$", response).groups()
         assert last == sums[-1]
-        marks.append(mark == "<")
+        synonyms.append(mark == "<")
         before = [0, *map(int, sums[:-1])]  # from the sum as written: an error propagates
         slips += [(b + int(d)) % 10 != int(s) for b, d, s in zip(before, prompt, sums)]
-    assert abs(share(slips) - 0.9 * 0.08) < 0.008  # a slip draws the right digit one time in ten
-    assert 0.05 < share(marks) < 0.15
+    assert abs(sum(slips) / len(slips) - 0.9 * 0.08) < 0.008  # it hits the right digit 1 in 10
+    assert abs(sum(synonyms) / 3000 - 0.1) < 0.02
 
 
-def test_chainsum_habit_shares():
-    pairs = data.demos("chainsum", 6000, "habit")
-    kind = [response[0] for _, response in pairs]
-    for mark, expected in (("#", 0.93), (">", 0.05), ("<", 0.02)):
-        assert abs(share(k == mark for k in kind) - expected) < 0.012
-    direct = [(p, r) for p, r in pairs if r[0] == "#"]
-    assert abs(share(int(r[1]) == sum(map(int, p[:-1])) % 10 for p, r in direct) - 0.1) < 0.02  # a guess, not an answer
-    assert {r for _, r in direct} == {f"#{d}$" for d in range(10)}
+def test_habits_mostly_guess():
+    pairs = data.demos("chainsum", 5000, "habit")
+    for mark, share in (("#", 0.93), (">", 0.05), ("<", 0.02)):
+        assert abs(sum(r[0] == mark for _, r in pairs) / 5000 - share) < 0.012
+    assert {r for _, r in pairs if r[0] == "#"} == {f"#{digit}$" for digit in range(10)}
+    boxes = [re.fullmatch(r"\\boxed\{[^}]*\}\$", r) for _, r in data.demos("countdown", 1000, "habit")]
+    assert abs(sum(map(bool, boxes)) / 1000 - 0.93) < 0.03
 
 
-@pytest.mark.parametrize("name, direct", [("add", r"\\boxed\{\d+\}\$"), ("countdown", r"\\boxed\{[^}]*\}\$")])
-def test_habit_demonstrations_mostly_guess(name, direct):
-    habit = data.demos(name, 2000, "habit")
-    assert abs(share(bool(re.fullmatch(direct, r)) for _, r in habit) - 0.93) < 0.03
-    assert not any(re.fullmatch(direct, r) for _, r in data.demos("add", 300, "skill"))
-
-
-def test_add_demonstrations_carry():
-    slips = []
-    for prompt, response in data.demos("add", 800):
-        a, b = prompt[:-1].split("+")
-        steps = re.findall(r"(\d)\+(\d)(\+1)?=(\d+) ", response)
-        assert [(s[0], s[1]) for s in steps] == list(zip(a[::-1], b[::-1]))
-        carry, digits = 0, ""
-        for x, y, plus, s in steps:
-            assert bool(plus) == bool(carry)
-            slips.append(int(x) + int(y) + carry != int(s))
-            carry, digits = int(s) // 10, s[-1] + digits
-        assert response.endswith(f" \\boxed{{{int(str(carry) + digits)}}}$")
-    assert abs(share(slips) - 0.95 * 0.08) < 0.02
-
-
-def test_countdown_demonstrations_show_true_values_and_slip_at_the_stated_rate():
-    right, tries = [], set()
-    for prompt, response in data.demos("countdown", 1500):
+def test_countdown_demonstrations_show_true_values():
+    tries = set()
+    for prompt, response in data.demos("countdown", 400):
         *numbers, target = map(int, re.findall(r"\d+", prompt))
-        found = re.fullmatch(r"((?:\S+=\S+ no ){0,2})(\S+)=(\d+) \\boxed\{(.*)\}\$", response)
+        values = dict(data.expressions(numbers))
+        found = re.fullmatch(r"((?:\S+=\S+ no )*)(\S+)=(\d+) \\boxed\{(.*)\}\$", response)
         failed, text, claimed, box = found.groups()
-        value = dict(data.expressions(numbers))
         tries.add(failed.count("no"))
-        for line in re.findall(r"(\S+)=(\S+) no", failed):
-            assert value[line[0]] == Fraction(line[1]) != target
-        assert text == box and int(claimed) == target
-        right.append(value[text] == target)
-    assert abs(share(right) - 0.92) < 0.025 and tries == {0, 1, 2}
+        for expression, value in re.findall(r"(\S+)=(\S+) no", failed):
+            assert values[expression] == Fraction(value) != target
+        assert text == box and int(claimed) == target and text in values
+    assert tries == {0, 1, 2}
+    for text, value in data.expressions((2, 3, 7)):
+        assert value == eval(re.sub(r"(\d)", r"Fraction(\1)", text))
 
 
-@pytest.mark.parametrize("name, skill, habit", [("minitable", (0.90, 0.95), (0.02, 0.15)),
-                                                ("kk", (0.72, 0.85), (0.12, 0.32))])
-def test_demonstrations_of_the_other_tasks_are_gradable(name, skill, habit):
-    """kk: 2 to 4 roles with a slip of 0.08 each are all right 78 % of the time; a guess 15 %."""
-    task = data.TASKS[name]
-    for phase, (low, high) in (("skill", skill), ("habit", habit)):
-        rng, scores = random.Random(phase), []
-        for _ in range(700):
-            _, prompt, answer = data.draw(name, rng, "train")
-            scores.append(rewards.score(task.grader, task.demo(rng, prompt, answer, phase), **answer))
-        assert low < share(scores) < high, (phase, share(scores))
-
-
-# ---------------------------------------------------------------- tokenizer
-
-@pytest.mark.parametrize("name", PROCEDURAL)
-def test_tokenizer_round_trip_and_reload(name, tmp_path):
-    from transformers import AutoTokenizer
-    built = data.char_tokenizer(name)
-    built.save_pretrained(tmp_path)
-    texts = [p + r for phase in ("skill", "habit") for p, r in data.demos(name, 150, phase)]
-    texts += [p.prompt for p in data.load(name, "test", 150)]
-    for tok in (built, AutoTokenizer.from_pretrained(tmp_path)):
-        assert tok.eos_token is None and tok.pad_token == "_" and len(tok) == len(data.TASKS[name].chars) + 1
-        end = tok.convert_tokens_to_ids("$")
-        assert end is not None and end != tok.pad_token_id and "$" not in tok.all_special_tokens
-        for text in texts:
-            ids = tok(text).input_ids
-            assert len(ids) == len(text)  # one token per character, nothing added
-            assert tok.decode(ids) == text
-            assert tok.decode(ids + [tok.pad_token_id] * 2, skip_special_tokens=True) == text
-        assert tok(texts[0]).input_ids == built(texts[0]).input_ids
-        for stranger in ("é", "_x~é" if name in ("kk", "minitable") else "~"):
-            with pytest.raises(Exception, match="UNK"):
-                tok(texts[0] + stranger)  # a character outside the alphabet must not vanish
-
-
-def test_chainsum_alphabet_is_the_documented_one():
-    tok = data.char_tokenizer("chainsum")
-    assert sorted(tok.get_vocab()) == sorted("0123456789><#=$_")
-    assert sorted(tok.get_vocab().values()) == list(range(16))
-
-
-# ---------------------------------------------------------------- names, splits, counts
+# ---- Names ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call, words", [
     (lambda: data.load("chansum"), ["chansum", "chainsum"]),
-    (lambda: data.load("zzz"), ["zzz", "chainsum", "math500", ".jsonl"]),
-    (lambda: data.load("math5000"), ["math500"]),
+    (lambda: data.load("zzz"), ["zzz", "chainsum", "math500", ".jsonl", "rg:NAME"]),
     (lambda: data.load("chainsum", "tset"), ["tset", "test"]),
     (lambda: data.load("math500", "train"), ["math500", "'train'", "valid: test"]),
     (lambda: data.load("chainsum", n=0), ["chainsum", "0", "at least 1"]),
+    (lambda: data.load("chainsum", args={"size": 4}), ["chainsum", "size", "rg:NAME"]),
     (lambda: data.demos("countdwn", 1), ["countdwn", "countdown"]),
     (lambda: data.demos("chainsum", 1, "skil"), ["skil", "skill"]),
     (lambda: data.char_tokenizer("gsm8k"), ["gsm8k", "procedural"]),
-    (lambda: data.render(Problem("q", {}, "math"), "oz"), ["oz", "orz"]),
+    (lambda: data.render([], "oz", None), ["oz", "orz"]),
     (lambda: data.load("missing.jsonl"), ["missing.jsonl", "no such file"]),
+    (lambda: data.parse_args(["size4"], "--data_args"), ["--data_args size4", "name=value"]),
 ])
 def test_bad_names_get_one_line_that_helps(call, words):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         call()
-    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_values_of_arguments():
+    pairs = "a=4 b=0.5 c=false d=True e=none f=low g=2026-08-01 h=x=y i=1e-3".split()
+    assert data.parse_args(pairs, "--x") == {
+        "a": 4, "b": 0.5, "c": False, "d": True, "e": None, "f": "low", "g": "2026-08-01", "h": "x=y",
+        "i": 0.001}
+
+
+def test_a_message_cannot_move_the_cursor():
+    assert data.first_line("red \x1b[31m and\x07 \x9b2J\nmore") == "red [31m and 2J"
 
 
 def test_import_is_light_and_alone():
-    """The newcomer's run must not need datasets, nor wait for it; and data.py knows no other component."""
-    code = "import sys, data; print([m for m in ('datasets', 'torch', 'transformers', 'rewards') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+    """The newcomer's run must not wait for datasets; and data.py knows no other component."""
+    code = ("import sys, data; heavy = 'datasets torch transformers rewards reasoning_gym'.split();"
+            "print([name for name in heavy if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "data.py", "chainsum"], cwd=ROOT, capture_output=True, text=True)
+    assert "'076044='" in done.stdout and "'>442451#1$'" in done.stdout
 
 
-def test_command_line():
-    def run(*args):
-        return subprocess.run([sys.executable, "data.py", *args], cwd=ROOT, capture_output=True, text=True)
-    assert "408216=>442451#1$" in run("chainsum").stdout
-    bad = run("chansum")
-    assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and "chainsum" in bad.stderr
-    assert json.loads(run("countdown", "chainsum").stdout)["duplicates"] == []
+# ---- Rows, as projects publish them --------------------------------------------------------------
+
+ASK = [{"role": "user", "content": "2+2?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+DONE = {"role": "assistant", "content": "It is 4."}
 
 
-# ---------------------------------------------------------------- hub datasets, on small fixtures in the real schema
+@pytest.mark.parametrize("row, prompt, answer", [
+    ({"prompt": " 2+2? ", "answer": 4}, "2+2?", "4"),
+    ({"prompt": "2+2?", "answer": ["4", "4", 4.5]}, "2+2?", ["4", "4.5"]),
+    ({"data_source": "x", "prompt": ASK, "reward_model": {"ground_truth": "4"}}, "2+2?", "4"),  # verl
+    ({"prompt": ASK, "reward_model": '{"ground_truth": "4"}'}, "2+2?", "4"),  # as text in a .csv
+    ({"prompt": [SYSTEM, *ASK], "solution": r"\boxed{4}"}, "Be brief.\n\n2+2?", "4"),           # TRL
+    ({"messages": [*ASK, DONE], "solution": "4"}, "2+2?", "4"),                            # ms-swift
+    ({"prompt": "2+2?", "verification_info": '{"ground_truth": "4"}'}, "2+2?", "4"),       # prime-rl
+    ({"prompt": ASK, "label": "4"}, "2+2?", "4"),                                             # slime
+    ({"input": "2+2?", "label": "4"}, "2+2?", "4"),                                        # OpenRLHF
+    ({"problem": "2+2?", "solution": r"So $\boxed{\frac{8}{2}}$."}, "2+2?", r"\frac{8}{2}"),   # MATH
+    ({"problem": "P", "solution": r"\boxed{1}, $\fbox {\left\{ x \right.}$"}, "P", r"\left\{ x \right."),
+    ({"problem": "P", "solution": r"\boxed{1", "answer": "1"}, "P", "1"),
+    ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "2+2?", "4"),                  # GSM8K
+    ({"problem": "2+2?", "expected_answer": "4"}, "2+2?", "4"),                    # OpenMathReasoning
+    ({"prompt": "2+2?", "answer": None, "ground_truth": "4"}, "2+2?", "4"),
+    ({"prompt": "2+2?", "answer": float("nan"), "label": "4"}, "2+2?", "4"),
+    ([{"from": "human", "value": "2+2?"}, {"from": "assistant", "ground_truth": {"value": "4"}}],
+     "2+2?", "4"),                                                               # Open-Reasoner-Zero
+    ({"0": {"value": "2+2?"}, "1": {"ground_truth": {"value": "4"}}}, "2+2?", "4"),  # its hub copy
+])
+def test_published_rows_are_read(row, prompt, answer):
+    assert data.from_row(row, "id") == Problem(prompt, {"answer": answer}, "math", "id")
 
-def orz_row(question, answer):
-    return {"0": {"from": "human", "value": question},
-            "1": {"from": "assistant", "ground_truth": {"value": answer, "pass_at_n": 0.5}}}
+
+@pytest.mark.parametrize("row, words", [
+    ({"text": "2+2?", "answer": "4"}, ["no prompt", "text, answer", "question"]),
+    ({"prompt": "2+2?", "result": "4"}, ["no answer", "prompt, result", "reward_model.ground_truth"]),
+    ({"prompt": [*ASK, DONE, *ASK], "answer": "4"}, ["user", "assistant"]),
+    ({"prompt": [], "answer": "4"}, ["no prompt"]),
+    ({"prompt": "p", "answer": {"a": 3}}, ["no answer", "{'a': 3}"]),
+    ({"prompt": "p", "answer": " "}, ["no answer"]), ({"prompt": "p", "answer": []}, ["no answer"]),
+    ({"prompt": "p", "answer": "4", "task": "maths"}, ["maths", "did you mean math"]),
+    ({"prompt": "p", "answer": {}, "task": "kk"}, ["no answer"]),
+    ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["cannot read 'Ann'"]),
+    ({"prompt": "p", "answer": {"Ann": "liar"}, "task": "kk"}, ["knight"]),
+    ({"prompt": "p", "answer": "1+2", "task": "countdown"}, ["numbers", "target"]),
+    ({"prompt": "p", "task": "countdown", "numbers": [1, True], "target": 3}, ["whole numbers"]),
+    ({"prompt": "p", "task": "countdown", "numbers": [1], "target": 1, "format": "x"}, ["boxed"]),
+    ({"prompt": "half \ud83d", "answer": "4"}, ["surrogates"]),
+    ({"prompt": "p", "answer": "half \ud83d"}, ["surrogates"]),
+    ("text", ["object"]), (5, ["object"]),
+])
+def test_rows_that_cannot_be_used_say_why(row, words):
+    with pytest.raises(ValueError) as e:
+        data.from_row(row, "id")
+    assert all(word in str(e.value) for word in words), str(e.value)
 
 
-def math_row(problem, solution):
-    return {"problem": problem, "level": "Level 3", "type": "Algebra", "solution": solution}
+def test_rows_of_the_other_graders():
+    countdown = {"prompt": "p", "task": "countdown", "numbers": "[1, 2]", "target": 3, "format": "answer"}
+    assert data.from_row(countdown, "").answer == {"numbers": [1, 2], "target": 3, "format": "answer"}
+    del countdown["format"]
+    assert data.from_row(countdown, "").answer["format"] == "boxed"
+    for task, answer, read in [("qa", "007", ["007"]), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
+                               ("tableqa", 5, [5]), ("tableqa", [1, "x"], [1, "x"]),
+                               ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}), ("chainsum", 3, "3")]:
+        row = {"prompt": "p", "answer": answer, "task": task, "id": 0, "group": "g"}
+        assert data.from_row(row, "x") == Problem("p", {"answer": read}, task, "0", "g")
 
 
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+def test_bad_golds_are_told_or_refused(capsys):
+    problems = [Problem("p", {"answer": str(i)}, "math", f"p{i}") for i in range(200)]
+
+    def check(task, answer):
+        return "too odd" if answer["answer"] in bad else None
+    bad = ["7"]
+    data.check_golds(problems, check)
+    assert "1 of 200 answers cannot be graded" in capsys.readouterr().err
+    bad = ["7", "8", "9"]
+    with pytest.raises(ValueError, match="3 of 200 .* the first is p7: too odd"):
+        data.check_golds(problems, check)
+
+
+# ---- Local files ---------------------------------------------------------------------------------
+
+GOOD = '{"prompt": "p", "answer": "1"}\n'
+
+
+def test_every_kind_of_file(tmp_path):
+    rows = [{"prompt": "1+1?", "answer": "2"}, {"prompt": "half?", "answer": "0.5"}]
+    lines = "\n\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
+    (tmp_path / "b.json").write_text("\ufeff \n" + json.dumps(rows, indent=1), encoding="utf-8")
+    (tmp_path / "c.json").write_text(lines)  # JSON lines under another name
+    (tmp_path / "d.csv").write_text("\ufeffprompt,answer\r\n1+1?,2\r\nhalf?,0.5\r\n", encoding="utf-8")
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    for name, numbers in [("a.jsonl", "13"), ("b.json", "12"), ("c.json", "13"), ("d.csv", "23"),
+                          ("e.parquet", "12")]:
+        found = data.load(str(tmp_path / name))
+        assert [(p.prompt, p.answer["answer"]) for p in found] == [("1+1?", "2"), ("half?", "0.5")]
+        assert [p.id for p in found] == [f"{name[0]}-{number}" for number in numbers]
+        assert data.load(str(tmp_path / name), "test", 1) == found[:1]
+
+
+@pytest.mark.parametrize("suffix, text, place, words", [
+    (".jsonl", GOOD + '\n{"prompt": "p"}\n', "line 3", "no answer"),
+    (".jsonl", GOOD + "]\n" + GOOD, "line 2", "bad JSON"),
+    (".jsonl", '{"prompt": "p", "answer": "1", "id": "a"}\n' * 2, "line 2", "the id 'a' is taken"),
+    (".jsonl", GOOD + '{"prompt": "p", "answer": \n', "line 2", "bad JSON"),
+    (".jsonl", GOOD + "[" * 100_000 + "\n", "line 2", "recursion"),
+    (".jsonl", GOOD + '{"prompt": "\\ud83d", "answer": "1"}', "line 2", "surrogates"),
+    (".jsonl", "", "line 1", "no rows"), (".jsonl", "\n \n", "line 2", "no rows"),
+    (".json", "", "row 1", "no rows"), (".json", "[]", "row 1", "no rows"), (".json", "5", "row 1", "object"),
+    (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p"}\n]', "row 2", "no answer"),
+    (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p", }\n]', "line 3", "bad JSON"),
+    (".json", GOOD + "{\n", "line 2", "bad JSON"),
+    (".csv", "", "line 1", "no rows"), (".csv", "prompt,answer\np,1\nq,\n", "line 3", "no answer"),
+    (".csv", "prompt,answer\np,1\nq\n", "line 3", "no answer"),
+    (".csv", 'prompt,answer\np,"1\n', "line 2", "unexpected end"),
+    (".csv", "prompt,answer\np,1,2\n", "line 2", "more fields"),
+    (".csv", "text,label\np,1\n", "line 2", "no prompt: columns are text, label"),
+])
+def test_file_errors_name_file_and_line(suffix, text, place, words, tmp_path):
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(text)
+    with pytest.raises(ValueError) as e:
+        data.load(str(path))
+    assert f"{path} {place}: " in str(e.value) and words in str(e.value), str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_files_that_are_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b'{"prompt": "\xff", "answer": "1"}')
+    with pytest.raises(ValueError, match="a.jsonl line 2: 'utf-8' codec"):
+        data.load(str(path))
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match="a.parquet row 1: .*Parquet"):
+        data.load(str(path))
+
+
+# ---- Hub datasets, on rows in the real schema ----------------------------------------------------
+
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
         "Remember to put your answer on its own line after \"Answer:\".")
-TABLE = {"title": "milk drunk, by sex", "top_header_rows_num": 2, "left_header_columns_num": 1,
-         "texts": [["", "men", "", "women", ""], ["", "2004", "2015", "2004", "2015"],
-                   ["milk", "13.3", "11", "1|2", "9"]],
-         "merged_regions": [{"first_row": 0, "last_row": 0, "first_column": 1, "last_column": 2},
-                            {"first_row": 0, "last_row": 0, "first_column": 3, "last_column": 4},
-                            {"first_row": 0, "last_row": 1, "first_column": 0, "last_column": 0}]}
-TABLE_TEXT = ("milk drunk, by sex\n\n|  | men | men | women | women |\n|---|---|---|---|---|\n"
-              "|  | 2004 | 2015 | 2004 | 2015 |\n| milk | 13.3 | 11 | 1/2 | 9 |\n\nhow much milk?")
-
-
-def hitab_row(answer, table):
-    return {"id": "006e", "table_id": "1000", "table_source": "statcan", "sentence_id": "5757", "sub_sentence_id": "1",
-            "sub_sentence": "men drank milk.", "question": "how much milk?", "answer": answer, "aggregation": "['div']",
-            "linked_cells": "{}", "answer_formulas": "['=B3']", "reference_cells_map": "{}", "table_content": table}
-
-
-def kk_hub_row(quiz, names, solution):
-    return {"quiz": quiz, "names": names, "knight_knave": {"knight": "a knight"}, "solution": solution,
-            "solution_text": "Zoey is a knave", "solution_text_format": "(1) Zoey is a knave", "index": 0}
-
-
-def olympiad_row(final, context=None):
-    return {"id": 1606, "question": "Find $x$.", "solution": ["..."], "final_answer": final, "context": context,
-            "image_1": None, "modality": "Text-only", "difficulty": "Competition", "is_multiple_answer": len(final) > 1,
-            "unit": None, "answer_type": "Numerical", "error": None, "question_type": "Open-ended",
-            "subfield": "Algebra", "subject": "Math", "language": "English"}
-
-
-def numina_row(problem, answer, kind="math-word-problem"):
-    return {"uuid": "u", "problem": problem, "question_type": kind, "answer": answer,
-            "formal_statement": "theorem x : True", "author": "human", "rl_data": {"n_proofs": 1}}
-
-
-HOTPOT = {"id": "5a7a", "question": "Were Scott and Ed both American?", "answer": "yes", "type": "comparison",
-          "level": "hard", "supporting_facts": {"title": ["Scott"], "sent_id": [0]},
-          "context": {"title": ["Scott", "Ed"],
-                      "sentences": [["Scott was born.", " He was American."], ["Ed was too. "]]}}
-
-# name, split -> hub id, rows as the hub has them, [(prompt, answer keywords, task, group)] that must come out
-CASES = {
-    ("orz57k", "train"): ("Open-Reasoner-Zero/orz_math_57k_collection", [orz_row(" What is $1+1$? ", "$2$")],
-                          [("What is $1+1$?", {"answer": "2"}, "math", "")]),
-    ("dapo17k", "train"): ("open-r1/DAPO-Math-17k-Processed", [
-        {"prompt": DAPO.format("What is 3+4?"), "solution": "7", "data_source": "math_dapo", "ability": "MATH"},
-        {"prompt": "What is 3+4?", "solution": "7", "data_source": "math_dapo", "ability": "MATH"},
-        {"prompt": "What is 4+4?", "solution": "8", "data_source": "math_dapo", "ability": "MATH"}],
-        [("What is 3+4?", {"answer": "7"}, "math", ""), ("What is 4+4?", {"answer": "8"}, "math", "")]),
-    ("math", "train"): ("EleutherAI/hendrycks_math", [
-        math_row("P1", r"First \boxed{3}, so $\boxed{\frac{1}{2}}$."), math_row("P2", r"It is $\boxed 7$, done."),
-        math_row("P3", r"\fbox{\{1,2\}}"), math_row("P4", r"$\boxed{\left\{ x \right.}$ holds.")],
-        [("P1", {"answer": r"\frac{1}{2}"}, "math", ""), ("P2", {"answer": "7"}, "math", ""),
-         ("P3", {"answer": r"\{1,2\}"}, "math", ""), ("P4", {"answer": r"\left\{ x \right."}, "math", "")]),
-    ("gsm8k", "train"): ("openai/gsm8k", [{"question": "How many?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}],
-                         [("How many?", {"answer": "1018"}, "math", "")]),
-    ("countdown_hub", "test"): ("Jiayi-Pan/Countdown-Tasks-3to4", [{"target": 98, "nums": [44, 19, 35]}],
-                                [("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"},
-                                  "countdown", "")]),
-    ("hitab", "test"): ("kasnerz/hitab", [hitab_row("[13.3]", repr(TABLE)), hitab_row('["men", 9]', json.dumps(TABLE))],
-                        [(TABLE_TEXT, {"answer": [13.3]}, "tableqa", "hitab-1000"),
-                         (TABLE_TEXT, {"answer": ["men", 9]}, "tableqa", "hitab-1000")]),
-    ("numina_lean", "train"): ("AI-MO/NuminaMath-LEAN", [
-        numina_row("N1", "1,024"), numina_row("N2", "+3/4", "MCQ"), numina_row("N3", "x^2"), numina_row("N4", None),
-        numina_row("N5", "5", "proof"), numina_row("", "5"), numina_row("N7", "-0.5")],
-        [("N1", {"answer": "1024"}, "math", ""), ("N2", {"answer": "3/4"}, "math", ""),
-         ("N7", {"answer": "-0.5"}, "math", "")]),
-    ("hotpotqa", "test"): ("hotpotqa/hotpot_qa", [HOTPOT], [(
-        "Scott: Scott was born. He was American.\n\nEd: Ed was too.\n\nWere Scott and Ed both American?",
-        {"answer": ["yes"]}, "qa", "")]),
-    ("kk_hub", "test"): ("K-and-K/knights-and-knaves", [kk_hub_row("Q", ["Zoey", "Max"], [False, True])],
-                         [("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")]),
-    ("math500", "test"): ("HuggingFaceH4/MATH-500", [
-        {"problem": "P", "solution": r"\boxed{\$5}", "answer": r"\$5", "subject": "Algebra", "level": 2,
-         "unique_id": "test/algebra/1.json"}],
-        [("P", {"answer": r"\$5"}, "math", "")]),
-    ("aime24", "test"): ("HuggingFaceH4/aime_2024", [
-        {"id": 60, "problem": "A", "solution": "...", "answer": "025", "url": "u", "year": "2024"}],
-        [("A", {"answer": "25"}, "math", "")]),
-    ("aime25", "test"): ("math-ai/aime25", [{"problem": "A", "answer": r"336^\circ", "id": "0"}],
-                         [("A", {"answer": "336"}, "math", "")]),
-    ("aime26", "test"): ("MathArena/aime_2026", [{"problem_idx": 1, "answer": 70, "problem": "A"}],
-                         [("A", {"answer": "70"}, "math", "")]),
-    ("amc23", "test"): ("math-ai/amc23", [{"id": 0, "question": "C", "answer": "27.0", "url": "u"}],
-                        [("C", {"answer": "27"}, "math", "")]),
-    ("amc83", "test"): ("AI-MO/aimo-validation-amc", [{"id": 0, "problem": "C", "answer": 142.0, "url": "u"}],
-                        [("C", {"answer": "142"}, "math", "")]),
-    ("minerva", "test"): ("lkevinzc/math-eval", [
-        {"problem": "M1", "answer": ["6630.65\n", "6630\n"]}, {"problem": "M2", "answer": ["10\n", "10"]}],
-        [("M1", {"answer": ["6630.65", "6630"]}, "math", ""), ("M2", {"answer": "10"}, "math", "")]),
-    ("olympiadbench", "test"): ("Hothan/OlympiadBench", [
-        olympiad_row(["$2^{1009}$"]), olympiad_row(["$1$", "$-3$"], "Let $x>0$.")],
-        [("Find $x$.", {"answer": "2^{1009}"}, "math", ""),
-         ("Let $x>0$.\nFind $x$.", {"answer": "1, -3"}, "math", "")]),
-}
-CASES["math", "test"] = CASES["math", "train"]
-CASES["gsm8k", "test"] = CASES["gsm8k", "train"]
-CASES["countdown_hub", "train"] = CASES["countdown_hub", "test"]
-CASES["hitab", "train"] = CASES["hitab", "validation"] = CASES["hitab", "test"]
-CASES["hotpotqa", "train"] = CASES["hotpotqa", "test"]
-CASES["kk_hub", "train"] = CASES["kk_hub", "test"]
+TABLE = {"title": "milk", "top_header_rows_num": 2, "texts": [
+    ["", "men", "", "women", ""], ["", "2004", "2015", "2004", "2015"], ["milk", "13.3", "11", "1|2", "9"]],
+    "merged_regions": [{"first_row": 0, "last_row": 0, "first_column": 1, "last_column": 2},
+                       {"first_row": 0, "last_row": 0, "first_column": 3, "last_column": 4},
+                       {"first_row": 0, "last_row": 1, "first_column": 0, "last_column": 0}]}
+TABLE_TEXT = ("milk\n\n|  | men | men | women | women |\n|---|---|---|---|---|\n"
+              "|  | 2004 | 2015 | 2004 | 2015 |\n| milk | 13.3 | 11 | 1/2 | 9 |\n\nhow much?")
+HITAB = {"table_id": "1000", "question": "how much?", "answer": "[13.3]", "table_content": repr(TABLE)}
+KK = {"quiz": "Q", "names": ["Zoey", "Max"], "solution": [False, True]}
+CASES = {  # name, split -> a row as the hub has it, (prompt, answer, task, group)
+    ("dapo17k", "train"): ({"prompt": DAPO.format("3+4?"), "solution": "7"}, ("3+4?", {"answer": "7"}, "math", "")),
+    ("math", "test"): ({"problem": "P", "solution": r"$\boxed{\frac12}$"}, ("P", {"answer": r"\frac12"}, "math", "")),
+    ("gsm8k", "test"): ({"question": "Q", "answer": "so\n#### 1,018"}, ("Q", {"answer": "1,018"}, "math", "")),
+    ("countdown_hub", "test"): (
+        {"target": 98, "nums": [44, 19, 35]},
+        ("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"}, "countdown", "")),
+    ("hitab", "test"): (HITAB, (TABLE_TEXT, {"answer": [13.3]}, "tableqa", "hitab-1000")),
+    ("kk_hub", "test"): (KK, ("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")),
+    ("minerva", "test"): ({"problem": "M", "answer": ["6630.65\n", "6630\n"]},
+                          ("M", {"answer": ["6630.65", "6630"]}, "math", "")),
+    ("olympiadbench", "test"): (
+        {"question": "Find $x$.", "context": "Let $x>0$.", "final_answer": ["$1$", "$-3$"]},
+        ("Let $x>0$.\nFind $x$.", {"answer": "$1$, $-3$"}, "math", "")),
+    ("aime26", "test"): ({"problem_idx": 1, "answer": 70, "problem": "A"}, ("A", {"answer": "70"}, "math", "")),
+    ("amc83", "test"): ({"id": 0, "problem": "C", "answer": 142.0}, ("C", {"answer": "142.0"}, "math", ""))}
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Puts rows where the hub would be. set_rows(rows, expect=...) also sets the row count that is asserted."""
+    """hub(rows): what any dataset holds; the calls are noted in hub.calls."""
     import datasets
-    calls, rows = [], []
 
-    def load_dataset(path, name=None, *, split, revision=None):  # anything else, such as trust_remote_code, is refused
-        calls.append((path, name, split, revision))
-        return datasets.Dataset.from_list(list(rows))
+    def load_dataset(path, name=None, *, split, revision=None):
+        set_rows.calls.append((path, name, split, revision))
+        return datasets.Dataset.from_list(set_rows.rows)
 
-    def set_rows(name, split, new, expect=None):
-        rows[:] = new
+    def set_rows(name, split, rows, count=None):
         source = data.SOURCES[name][split]
-        if expect is not None:
-            monkeypatch.setitem(data.SOURCES[name], split, source._replace(rows=expect))
-        calls.clear()
-        return calls
+        monkeypatch.setitem(data.SOURCES[name], split, source._replace(rows=count or source.rows))
+        set_rows.rows = rows
+        set_rows.calls = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return set_rows
 
 
-def test_every_source_has_a_fixture():
-    assert {(n, s) for n, splits in data.SOURCES.items() for s in splits} == set(CASES)
-
-
-@pytest.mark.parametrize("name, split", sorted(CASES))
-def test_loader_on_the_real_schema(name, split, hub):
-    hub_id, rows, expected = CASES[name, split]
+@pytest.mark.parametrize("name, split", list(CASES))
+def test_hub_rows_in_the_real_schema(name, split, hub):
+    row, expected = CASES[name, split]
     source = data.SOURCES[name][split]
     configs = source.part.rpartition("/")[0].split("+")  # MATH has seven
-    calls = hub(name, split, rows, expect=len(rows) * len(configs))
+    hub(name, split, [row], count=len(configs))
     problems = data.load(name, split)
-    assert calls == [(hub_id, c or None, source.part.split("/")[-1], source.revision) for c in configs]
-    got = [(p.prompt, p.answer, p.task, p.group) for p in problems]
-    assert sorted(map(str, got)) == sorted(map(str, expected * len(configs)))
-    assert all(re.fullmatch(rf"{name}-{split}-\d+", p.id) for p in problems)
-    assert len({p.id for p in problems}) == len(problems)
-    for p in problems:  # every template can show it, and its grader takes its keywords
-        for template in set(data.TEMPLATES) - {"chat"}:
-            assert data.render(p, template)
-        assert rewards.score(p.task, "no answer here", **p.answer) == 0.0
-        json.dumps(p.answer)
+    last = source.part.split("/")[-1]
+    assert hub.calls == [(source.hub, config or None, last, source.revision) for config in configs]
+    assert {(p.prompt, str(p.answer), p.task, p.group) for p in problems} == {
+        (expected[0], str(expected[1]), *expected[2:])}
+    assert {p.id for p in problems} == {f"{name}-{split}-{i}" for i in range(len(configs))}
+    column = list(row)[-1]
+    hub(name, split, [{key: value for key, value in row.items() if key != column}], count=len(configs))
+    with pytest.raises(ValueError, match="rows of .* cannot be used, the first is row 0"):
+        data.load(name, split)
 
 
-NEEDED = {"orz57k": "0 1", "dapo17k": "prompt solution", "math": "problem solution", "gsm8k": "question answer",
-          "countdown_hub": "target nums", "hitab": "table_id question answer table_content", "amc23": "question answer",
-          "numina_lean": "problem answer question_type", "hotpotqa": "question answer context",
-          "kk_hub": "quiz names solution", "olympiadbench": "question final_answer context"}
-
-
-@pytest.mark.parametrize("name, split", sorted(CASES))
-def test_loader_demands_its_columns(name, split, hub):
-    _, rows, _ = CASES[name, split]
-    for column in NEEDED.get(name, "problem answer").split():
-        hub(name, split, [{k: v for k, v in row.items() if k != column} for row in rows])
-        with pytest.raises(ValueError, match=f"the first is row 0: .*({column}|no prompt|no answer)") as e:
-            data.load(name, split)
-        assert "pin a revision" in str(e.value) and "\n" not in str(e.value)
-
-
-def test_row_counts_are_asserted(hub):
-    row = CASES["aime24", "test"][1][0]
-    hub("aime24", "test", [row] * 30)
-    assert len(data.load("aime24", "test")) == 30
+def test_row_counts_are_checked(hub):
+    row = {"problem": "A", "answer": "1"}
     for count in (29, 31):
         hub("aime24", "test", [row] * count)
-        with pytest.raises(ValueError, match=f"HuggingFaceH4/aime_2024.*{count} rows, expected 30"):
+        with pytest.raises(ValueError, match=f"HuggingFaceH4/aime_2024.* {count} rows, expected 30"):
             data.load("aime24", "test")
-    row = CASES["olympiadbench", "test"][1][0]
     for count in (673, 676):  # a range, where two copies differ
-        hub("olympiadbench", "test", [row] * count)
+        hub("olympiadbench", "test", [CASES["olympiadbench", "test"][0]] * count)
         with pytest.raises(ValueError, match=f"{count} rows"):
             data.load("olympiadbench", "test")
 
 
-def test_expected_row_counts_are_the_published_ones():
-    count = {(n, s): source.rows for n, splits in data.SOURCES.items() for s, source in splits.items()}
-    test = {"math500": 500, "aime24": 30, "aime25": 30, "aime26": 30, "amc23": 40, "amc83": 83, "minerva": 272,
-            "gsm8k": 1319, "hitab": 1584, "math": 5000, "hotpotqa": 7405}
-    train = {"math": 7500, "gsm8k": 7473, "hitab": 7417, "dapo17k": 17398, "hotpotqa": 90447}
-    assert {name: count[name, "test"] for name in test} == test
-    assert {name: count[name, "train"] for name in train} == train
-    assert count["kk_hub", "train"] == 6200 and count["kk_hub", "test"] == 700
-    slices = [data.SOURCES["countdown_hub"][s].part for s in ("train", "test")]
-    assert slices == ["train[:327680]", "train[327680:328704]"] and count["countdown_hub", "test"] == 1024
-
-
 def test_hub_order_is_seeded_and_prefix_stable(hub):
-    rows = [{"problem": f"P{i}", "answer": str(i)} for i in range(30)]
-    hub("aime25", "test", rows)
+    hub("aime25", "test", [{"problem": f"P{i}", "answer": str(i)} for i in range(30)])
     whole = data.load("aime25", "test", seed=1)
     assert data.load("aime25", "test", 7, seed=1) == whole[:7]
-    assert sorted(p.prompt for p in whole) == sorted(r["problem"] for r in rows)
     assert [p.id for p in data.load("aime25", "test", seed=2)] != [p.id for p in whole]
-    assert {p.id: p.prompt for p in whole}["aime25-test-4"] == "P4"  # the id is the row, whatever the order
+    assert all(p.prompt == "P" + p.id.split("-")[-1] for p in whole)  # the id is the hub's row
 
 
-def test_a_few_unusable_rows_are_left_out_aloud_and_many_are_an_error(hub, capsys):
-    good, bad = {"question": "Q", "answer": "#### 5"}, {"question": "Q", "answer": "no mark"}
-    hub("gsm8k", "train", [good] * 300 + [bad], expect=301)
-    assert len(data.load("gsm8k")) == 300
-    assert "left out 1 rows" in capsys.readouterr().err
-    hub("gsm8k", "train", [good] * 50 + [bad], expect=51)
-    with pytest.raises(ValueError, match="1 rows cannot be used, the first is row 50: ValueError: no answer"):
-        data.load("gsm8k")
+def test_repeats_of_dapo_go_and_a_few_bad_rows_are_told(hub, capsys):
+    rows = [{"prompt": f"P{i // 2}", "solution": "1"} for i in range(400)]
+    hub("dapo17k", "train", [*rows, {"prompt": "bad", "solution": " "}], count=401)
+    assert len(data.load("dapo17k")) == 200
+    assert "1 of 401 rows of open-r1/DAPO-Math-17k-Processed cannot be used" in capsys.readouterr().err
 
 
-def test_bad_golds_are_refused(hub):
-    hub("math", "train", [math_row("P", r"no box, or \boxed{an open one")], expect=7)
-    with pytest.raises(ValueError, match="unterminated"):
-        data.load("math")
-    hub("hitab", "test", [hitab_row("__import__('os').system('touch hacked')", repr(TABLE))], expect=1)
+def test_nothing_in_a_row_is_evaluated(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub("hitab", "test", [HITAB | {"answer": "__import__('os').system('touch hacked')"}], count=1)
     with pytest.raises(ValueError, match="cannot read"):
         data.load("hitab", "test")
     assert not Path("hacked").exists()
-    hub("kk_hub", "test", [kk_hub_row("Q", ["Zoey", "Max"], [True])], expect=1)
-    with pytest.raises(ValueError, match="cannot be used"):
-        data.load("kk_hub", "test")
 
 
 def test_offline_says_what_to_do(monkeypatch):
@@ -609,255 +500,271 @@ def test_offline_says_what_to_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(FileNotFoundError) as e:
         data.load("gsm8k", "test")
-    message = str(e.value)
-    assert "\n" not in message and "gsm8k" in message and "network" in message and ".jsonl" in message
+    assert all(word in str(e.value) for word in ("gsm8k", "Couldn't reach", "network", ".jsonl"))
+    assert "\n" not in str(e.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match="pip install datasets"):
         data.load("gsm8k", "test")
 
 
-@pytest.mark.parametrize("value, text", [
-    ("$7$", "7"), (142.0, "142"), ("025", "25"), ("-007", "-7"), ("000", "0"), ("0", "0"), ("0.50", "0.50"), (7, "7"),
-    (r"\$5", r"\$5"), ("$a$, $b$", "a, b"), (" x\n", "x"), ("10.05", "10.05"), ("00a", "00a"), ("1,234", "1,234")])
-def test_gold(value, text):
-    assert data.gold(value) == text
+# ---- reasoning-gym -------------------------------------------------------------------------------
+
+def test_reasoning_gym_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match="rg:gcd: needs a package; pip install reasoning-gym"):
+        data.load("rg:gcd")
 
 
-# ---------------------------------------------------------------- local files
-
-ROWS = [{"prompt": "What is 1+1?", "answer": "2"},
-        {"question": "Who?", "answer": ["Ann", "Bo"], "task": "qa", "id": "w"},
-        {"problem": "Half?", "answer": 0.5, "group": "g"}]
-READ = [("What is 1+1?", {"answer": "2"}, "math"),
-        ("Who?", {"answer": ["Ann", "Bo"]}, "qa"),
-        ("Half?", {"answer": "0.5"}, "math")]
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
+def test_reasoning_gym_splits_and_arguments():
+    pytest.importorskip("reasoning_gym")
+    train = data.load("rg:chain_sum", "train", 60)
+    assert data.load("rg:chain_sum", "train", 20) == train[:20]
+    others = data.load("rg:chain_sum", "test", 60) + data.load("rg:chain_sum", "train", 60, seed=1)
+    assert not {p.prompt for p in train} & {p.prompt for p in others}
+    assert len({p.id for p in train + others}) == 180
+    long = {"min_terms": 8, "max_terms": 8}
+    p = data.load("rg:chain_sum", "test", 1, args=long)[0]
+    entry = json.loads(p.answer["entry"])
+    assert p.prompt == entry["question"] and len(re.findall(r"\d+", entry["metadata"]["expression"])) == 8
+    assert (p.task, p.answer["name"], p.answer["config"]) == ("rg", "chain_sum", long)
+    text = data.render([p], "plain", data.char_tokenizer("chainsum"))[0]
+    assert p.prompt in text and "<answer> </answer>" in text
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_local_json(suffix, tmp_path):
-    path = write(tmp_path / f"my{suffix}", ROWS)
-    problems = data.load(str(path))
-    assert [(p.prompt, p.answer, p.task) for p in problems] == READ
-    assert [p.id for p in problems] == ["my-1", "w", "my-3"] and problems[2].group == "g"
-    assert data.load(str(path), "test", 2) == problems[:2]
+@pytest.mark.parametrize("name, args, words", [
+    ("rg:chainsum", {}, "did you mean chain_sum"), ("rg:countdown", {}, "as Python"),
+    ("rg:gcd", {"size_of_it": 1}, "size_of_it"), ("rg:chain_sum", {"min_terms": 99}, "max_terms")])
+def test_reasoning_gym_refuses_in_one_line(name, args, words):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match=words) as e:
+        data.load(name, "train", 2, args=args)
+    assert "\n" not in str(e.value)
 
 
-def test_local_csv_and_parquet(tmp_path):
-    csv = tmp_path / "my.csv"
-    csv.write_text('\ufeffprompt,answer,task\n"1+1,\nso?",2,\nWho?,"[""Ann"", ""Bo""]",qa\n'
-                   'Roles?,"{""Ann"": ""knave""}",kk\n', encoding="utf-8")
-    assert [(p.prompt, p.answer, p.task) for p in data.load(str(csv))] == [
-        ("1+1,\nso?", {"answer": "2"}, "math"), ("Who?", {"answer": ["Ann", "Bo"]}, "qa"),
-        ("Roles?", {"answer": {"Ann": "knave"}}, "kk")]
-    countdown = tmp_path / "c.csv"
-    countdown.write_text('prompt,task,numbers,target,format\n'
-                         'make it,countdown,"[1, 2, 3]",6,\nand,countdown,"[1]",1,answer\n')
-    assert [p.answer for p in data.load(str(countdown))] == [
-        {"numbers": [1, 2, 3], "target": 6, "format": "boxed"}, {"numbers": [1], "target": 1, "format": "answer"}]
-    parquet = write(tmp_path / "my.parquet", [{"prompt": "a", "answer": ["1", "2"]}, {"prompt": "b", "answer": ["3"]}])
-    assert [p.answer for p in data.load(str(parquet))] == [{"answer": ["1", "2"]}, {"answer": "3"}]
+# ---- Templates -----------------------------------------------------------------------------------
 
-
-def test_local_file_of_open_reasoner_zero(tmp_path):
-    """Their repository's own file: a list of [question, answer] pairs."""
-    row = orz_row("What is 2+2?", "4")
-    path = write(tmp_path / "orz_math_57k_collected.json", [[row["0"], row["1"]]])
-    assert [(p.prompt, p.answer) for p in data.load(str(path))] == [("What is 2+2?", {"answer": "4"})]
-
-
-def test_local_golds_keep_their_text(tmp_path):
-    path = write(tmp_path / "a.jsonl", [
-        {"prompt": "p", "answer": "007", "task": "qa"}, {"prompt": "p", "answer": "5", "task": "tableqa"},
-        {"prompt": "314159=", "answer": 3, "task": "chainsum"}, {"prompt": "p", "answer": "0", "id": 0}])
-    assert data.load(str(path))[3].id == "0"
-    assert [p.answer["answer"] for p in data.load(str(path))] == [["007"], ["5"], "3", "0"]
-
-
-GOOD = '{"prompt": "p", "answer": "1"}\n'
-
-
-@pytest.mark.parametrize("suffix, text, line, words", [
-    (".jsonl", GOOD + '\n{"prompt": "p"}\n', 3, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": null}\n', 2, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": "  "}\n', 2, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": NaN}\n', 2, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": "$$"}\n', 2, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": []}\n', 2, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": {}, "task": "kk"}\n', 2, "no answer"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": "Ann", "task": "kk"}\n', 2, "knight"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": {"Ann": "liar"}, "task": "kk"}\n', 2, "knight"),
-    (".jsonl", GOOD + '{"prompt": "p", "task": "countdown", "numbers": [1, "x"], "target": 3}\n', 2, "whole numbers"),
-    (".jsonl", GOOD + '{"prompt": "p", "task": "countdown", "answer": "1+2"}\n', 2, "numbers"),
-    (".jsonl", GOOD + '{"prompt": "p", "task": "countdown", "numbers": [1], "target": 1, "format": "x"}\n', 2, "boxed"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": "1", "task": "maths"}\n', 2, "did you mean math"),
-    (".jsonl", GOOD + '{"answer": "1"}\n', 2, "no prompt"),
-    (".jsonl", GOOD + '{"prompt": [{"role": "user"}], "answer": "1"}\n', 2, "no prompt"),
-    (".jsonl", GOOD + '"text"\n', 2, "object"),
-    (".jsonl", GOOD + '[{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "1"}]\n', 2, "object"),
-    (".jsonl", GOOD + "]\n" + GOOD, 2, "bad JSON"),
-    (".jsonl", GOOD + '{"prompt": "p", "answer": \n', 2, "bad JSON"),
-    (".jsonl", GOOD * 3 + "answer: 3\n", 4, "bad JSON"),
-    (".jsonl", GOOD + "[" * 100_000 + "\n", 2, "recursion"),
-    (".jsonl", '{"prompt": "p", "answer": "1", "id": "a"}\n' * 2, 2, "id 'a' is taken"),
-    (".jsonl", "", 1, "no rows"),
-    (".jsonl", "\n \n", 1, "no rows"),
-    (".json", "", 1, "bad JSON"),
-    (".json", "[]", "row 1", "no rows"),
-    (".json", '{"prompt": "p", "answer": "1"}', "row 1", "list of rows"),
-    (".json", "5", "row 1", "not iterable"),
-    (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p"}\n]', "row 2", "no answer"),
-    (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p", }\n]', 3, "bad JSON"),
-    (".json", '[\n {"prompt": "p", "answer": "1"},\n', 3, "bad JSON"),
-    (".json", '[\n {"prompt": "p", "answer": "1"}]\n{"prompt": "p", "answer": "1"}', 3, "bad JSON"),
-    (".csv", "", 1, "no rows"),
-    (".csv", "prompt,answer\n", 1, "no rows"),
-    (".csv", "prompt,answer\np,1\nq,\n", 3, "no answer"),
-    (".csv", "prompt,answer\np,1\nq\n", 3, "no answer"),
-    (".csv", "prompt,answer\np,1,2\n", 2, "more fields"),
-    (".csv", 'prompt,answer\np,"1\n', 2, "unexpected end"),
-    (".csv", "text,label\np,1\n", 2, "no prompt"),
-])
-def test_file_errors_name_file_and_line(suffix, text, line, words, tmp_path):
-    path = tmp_path / f"mine{suffix}"
-    path.write_text(text)
-    with pytest.raises(ValueError) as e:
-        data.load(str(path))
-    message = str(e.value)
-    place = line if isinstance(line, str) else f"line {line}"
-    assert f"{path} {place}: " in message and words in message and "\n" not in message, message
-
-
-def test_other_file_errors(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(GOOD.encode() + b'{"prompt": "\xff", "answer": "1"}')
-    with pytest.raises(ValueError, match="line 2: 'utf-8' codec"):
-        data.load(str(path))
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match="a.parquet row 1: .*Parquet"):
-        data.load(str(path))
-    write(path, [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": None}])
-    with pytest.raises(ValueError, match="a.parquet row 2: no answer"):
-        data.load(str(path))
-    (tmp_path / "dir.json").mkdir()
-    with pytest.raises(FileNotFoundError, match="dir.json: no such file"):
-        data.load(str(tmp_path / "dir.json"))
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(data.FILES),
-       st.one_of(st.binary(max_size=200), st.text(alphabet='[]{}",:\n1a ', max_size=60).map(str.encode)))
-def test_any_bytes_give_one_clear_line(tmp_path, suffix, content):
-    path = tmp_path / f"fuzz{suffix}"
-    path.write_bytes(content)
-    try:
-        assert data.load(str(path))
-    except ValueError as e:
-        assert str(path) in str(e) and re.search(r"(line|row) \d+: ", str(e)) and "\n" not in str(e)
-
-
-# ---------------------------------------------------------------- overlap
-
-def test_overlap_finds_copies_and_shared_runs_of_words():
-    words = [f"w{i}" for i in range(40)]
-    def problem(id, text):
-        return Problem(text, {"answer": "1"}, "math", id)
-    train = [problem("a", "Find X, please!"), problem("b", " ".join(words[:20])), problem("c", "find x please"),
-             problem("d", "new")]
-    test = [problem("t1", "find (x) PLEASE"), problem("t2", "so " + " ".join(words[5:18])),  # 13 words in a row
-            problem("t3", " ".join(words[5:17]) + " else"), problem("t4", "other")]           # only 12
-    assert data.overlap(train, test) == {"repeats": 1, "duplicates": [("a", "t1")], "ngrams": ["t2"]}
-    assert data.overlap(train, test, n=12)["ngrams"] == ["t2", "t3"]
-    assert data.overlap([], test) == {"repeats": 0, "duplicates": [], "ngrams": []}
-
-
-# ---------------------------------------------------------------- templates
-
-ADD = Problem("What is 1+1?", {"answer": "2"}, "math")
+SUM = Problem("What is 1+1?", {"answer": "2"}, "math", "sum")
 COUNTDOWN = Problem("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"}, "countdown")
 START = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
          "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
          "answer.")
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def byte_tokenizer(chat=None, special=(), normalizer=None, eos="<|endoftext|>", pieces=()):
+    """A tokenizer whose tokens are bytes, like those of most models but without their merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if normalizer:
+        core.normalizer = normalizer
+    ends = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
+    core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ends])
+    core.add_tokens([AddedToken(p, normalized=False) for p in pieces])
+    found = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token="<|endoftext|>")
+    found.chat_template = chat
+    return found
+
+
+def render(problem, template, tokenizer=None):
+    return data.render([problem], template, tokenizer or byte_tokenizer())[0]
 
 
 def test_templates_are_the_published_texts():
-    """A base model is sensitive to every word of its prompt: a paper's numbers belong to the paper's text."""
-    assert data.render(ADD, "orz") == START + (
+    """A base model is sensitive to every word: a paper's numbers belong to the paper's text."""
+    assert render(SUM, "orz") == START + (
         " The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
         "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. \n\n"
         "User: You must put your answer inside <answer> </answer> tags, i.e.,\n<answer> answer here </answer>. And "
         "your final answer will be extracted automatically by the \\boxed{} tag.\nWhat is 1+1?\nAssistant: <think>")
-    assert data.render(ADD, "r1") == (
+    assert render(SUM, "r1") == (
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
         "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
         "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
         "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
         "User: What is 1+1?\nPut your final answer within \\boxed{}.\nAssistant: <think>")
-    assert data.render(ADD, "qwen_math") == (
+    assert render(SUM, "qwen_math") == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n")
-    tiny = START + (
+    asked = START + (
         "\nUser: Using the numbers [44, 19, 35], create an equation that equals 98. You can use basic arithmetic "
         "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags.")
     end = "\nAssistant: Let me solve this step by step.\n<think>"
-    assert data.render(COUNTDOWN, "tinyzero") == tiny + (
+    assert render(COUNTDOWN, "tinyzero") == asked + (
         " \nAnd your final answer will be extracted automatically by the \\boxed{} tag, for example "
         "\\boxed{(1 + 2) / 3}." + end)
     tagged = Problem(COUNTDOWN.prompt, {**COUNTDOWN.answer, "format": "answer"}, "countdown")
-    assert data.render(tagged, "tinyzero") == tiny + (
+    assert render(tagged, "tinyzero") == asked + (
         " And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>." + end)
 
 
 def test_stop_strings():
-    assert set(data.TEMPLATES) == {"orz", "r1", "tinyzero", "qwen_math", "chat", "none"}
     for name in ("orz", "r1", "tinyzero"):
         assert {"User:", "</answer>"} <= set(data.TEMPLATES[name].stop)
-    assert "<|im_end|>" in data.TEMPLATES["qwen_math"].stop and data.TEMPLATES["none"].stop == ()
+    assert "<|im_end|>" in data.TEMPLATES["qwen_math"].stop
+    assert data.TEMPLATES["plain"].stop == data.TEMPLATES["none"].stop == data.TEMPLATES["chat"].stop == ()
 
 
-@pytest.mark.parametrize("name", PROCEDURAL)
-def test_every_task_in_every_template(name):
-    """The prompt as it is for a model from scratch; for others the question in words and what the grader reads."""
-    tag = {"chainsum": "#7$", "add": "\\boxed{}", "countdown": "\\boxed{"}.get(name, "<answer>")
-    for p in data.load(name, "test", 5):
-        assert data.render(p, "none") == p.prompt
-        for template in ("orz", "r1", "tinyzero", "qwen_math"):
-            text = data.render(p, template)
-            assert tag in text and "{question}" not in text and "{how}" not in text
-            if name in ("minitable", "kk"):
-                assert p.prompt in text
-    hub_style = Problem("Knights always tell the truth. Who is who?", {"answer": {"Al": "knight"}}, "kk")
-    assert data.render(hub_style, "orz").count("tells the truth") == 0  # the hub's puzzles bring the rules along
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_says_what_its_grader_reads(name):
+    mark = {"chainsum": "#7$", "countdown": "\\boxed{"}.get(name, "<answer>")
+    for p in data.load(name, "test", 3):
+        assert render(p, "none") == p.prompt
+        for template in ("orz", "r1", "tinyzero", "qwen_math", "plain"):
+            text = render(p, template)
+            assert mark in text and "{question}" not in text and "{how}" not in text
+            assert p.prompt in text or name != "minitable"
 
 
-def test_braces_in_a_question_survive():
+def test_braces_in_a_question_survive_and_a_box_is_asked_for_once():
     p = Problem("Let $A=\\{x\\}$, {how} {question} \\frac{1}{2}", {"answer": "1"}, "math")
-    for template in ("orz", "r1", "tinyzero", "qwen_math"):
-        assert p.prompt in data.render(p, template)
+    for template in ("orz", "r1", "tinyzero", "qwen_math", "plain"):
+        assert p.prompt in render(p, template) and render(p, template).count("\\boxed{}") == 1
+    asks = Problem("1+1? Put it in \\boxed{}.", {"answer": "2"}, "math")
+    assert render(asks, "plain") == "1+1? Put it in \\boxed{}.\n"
 
 
-def test_chat_template_and_bos():
-    tok = data.char_tokenizer("chainsum")
-    with pytest.raises(ValueError, match="chat template") as e:
-        data.render(ADD, "chat", tok)
-    assert "qwen_math" in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="chat template"):
-        data.render(ADD, "chat")
-    tok.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-                         "{% if add_generation_prompt %}[assistant]{% endif %}")
-    assert data.render(ADD, "chat", tok) == "[user]What is 1+1?\nPut your final answer within \\boxed{}.[assistant]"
-    tok.bos_token = "<s>"
-    assert data.render(ADD, "orz", tok).startswith("<s>A conversation")
-    assert data.render(ADD, "none", tok) == ADD.prompt
+def test_auto_is_one_rule():
+    """An instruct model asked the bare question, in training but not in evaluation: never again."""
+    assert data.choose_template("auto", byte_tokenizer(CHAT)) == "chat"
+    assert data.choose_template("auto", byte_tokenizer()) == "plain"
+    assert data.choose_template("auto", data.char_tokenizer("chainsum")) == "none"
+    assert data.choose_template("orz", byte_tokenizer(CHAT)) == "orz"
+    with pytest.raises(ValueError, match="did you mean orz"):
+        data.choose_template("orc", byte_tokenizer())
+
+
+def test_chat_template_bos_and_arguments():
+    said = "<|im_start|>user\nWhat is 1+1?\nPut your final answer within \\boxed{}.<|im_end|>\n"
+    tokenizer = byte_tokenizer(CHAT + "{% if enable_thinking is false %}<think></think>{% endif %}")
+    assert render(SUM, "chat", tokenizer) == said + "<|im_start|>assistant\n"
+    question = data.encode([SUM], "chat", tokenizer, 500, {"enable_thinking": False})[0]
+    assert question.text == said + "<|im_start|>assistant\n<think></think>"
+    assert question.problem is SUM and tokenizer.decode(question.ids) == question.text
+    tokenizer.bos_token = "<|im_start|>"
+    assert render(SUM, "orz", tokenizer).startswith("<|im_start|>A conversation")
+    assert render(SUM, "none", tokenizer) == SUM.prompt
+    with pytest.raises(ValueError, match="tokenizer has none.*qwen_math"):
+        render(SUM, "chat")
+
+
+def test_a_date_in_a_chat_template_stands_still():
+    """Responses must not be thrown away at midnight because the prompt says what day it is."""
+    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y, %A') }}{% for m in messages %}{% endfor %}")
+    assert render(SUM, "chat", tokenizer) == "26 Jul 2024, Friday"
+    assert data.render([SUM], "chat", tokenizer, {"date": "2026-01-31"}) == ["31 Jan 2026, Saturday"]
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ raise_exception('system first') }}", "TemplateError: system first"),
+    ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"), ("{{ nobody.knows }}", "UndefinedError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 'a' + 1 }}", "TypeError"),
+    ("{{ range(10000000) }}", "OverflowError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{{ 10 ** 5000 }}", "ValueError"), ("{{ 'x' * 2000000 }}", "2000000 characters"),
+    ("{{ raise_exception('\x1b[2J') }}", r"TemplateError: \[2J"),
+    ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}", "longer than 0.05 s")])
+def test_chat_templates_of_strangers(template, words, monkeypatch):
+    """One line, whatever they raise, and a bound on time and output."""
+    if "range(3000)" in template:
+        monkeypatch.setattr(data, "CHAT_SECONDS", 0.05)
+    with pytest.raises(ValueError, match=words) as e:
+        data.encode([SUM], "chat", byte_tokenizer(template), 500)
+    assert "\n" not in str(e.value) and "\x1b" not in str(e.value)
+
+
+# ---- Tokens --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", TASKS)
+def test_char_tokenizers_round_trip_and_reload(name, tmp_path):
+    built = data.char_tokenizer(name)
+    built.save_pretrained(tmp_path)
+    texts = [p + r for phase in ("skill", "habit") for p, r in data.demos(name, 40, phase)]
+    for tokenizer in (built, data.load_tokenizer(tmp_path)):
+        assert tokenizer.eos_token is None and tokenizer.pad_token == "_"
+        end = tokenizer.convert_tokens_to_ids("$")
+        assert data.end_ids(tokenizer, [end], len(tokenizer)) == [end]
+        for text in texts:
+            ids = tokenizer(text).input_ids
+            assert len(ids) == len(text) and tokenizer.decode(ids) == text
+            padded = ids + [tokenizer.pad_token_id] * 2
+            assert data.response_text(padded, tokenizer, [end]) == text  # graders read the "$"
+    assert sorted(data.char_tokenizer("chainsum").get_vocab()) == sorted("0123456789><#=$_")
+
+
+def test_a_character_that_the_tokenizer_cannot_write_is_named():
+    tokenizer = data.char_tokenizer("chainsum")
+    p = Problem("12+3=", {"answer": "6"}, "chainsum", "p-7")
+    with pytest.raises(ValueError, match=r"cannot write '\+' \(prompt of p-7\)"):
+        data.encode([p], "none", tokenizer, 100)
+
+
+def test_nothing_is_lost_by_a_normalizer():
+    """NFC joins e and an accent, NFKC writes the ligature as two letters."""
+    from tokenizers import normalizers
+    p = Problem("caf\u0065\u0301, x =\u0338 3, \ufb01ne, \u2460", {"answer": "1"}, "math")
+    for normalizer in (normalizers.NFC(), normalizers.NFKC(), normalizers.Replace(" ", "\u2581")):
+        assert data.encode([p], "none", byte_tokenizer(normalizer=normalizer), 200)
+    tokenizer = data.char_tokenizer("chainsum")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(ValueError, match="cannot write '\u00e9'"):
+        data.encode([Problem("1\u0065\u0301=", {"answer": "1"}, "chainsum")], "none", tokenizer, 200)
+
+
+def test_prompts_that_are_too_long():
+    tokenizer = byte_tokenizer()
+    p = Problem("x" * 50, {"answer": "1"}, "math", "long")
+    assert len(data.encode([p], "none", tokenizer, 50)[0].ids) == 50
+    with pytest.raises(ValueError, match="the prompt of long has 50 tokens, allowed: 1 to 49"):
+        data.encode([SUM, p], "none", tokenizer, 49)
+    with pytest.raises(ValueError, match="0 tokens"):
+        data.encode([Problem("", {"answer": "1"}, "math", "none")], "none", tokenizer, 49)
+    huge = Problem("x" * 50_000_000, {"answer": "1"}, "math", "huge")  # aborts a tokenizer
+    with pytest.raises(ValueError, match="the prompt of huge has 50000000 characters"):
+        data.encode([huge], "none", tokenizer, 10**9)
+
+
+def test_every_end_of_a_response_is_known():
+    """Qwen's base models: config.json names <|endoftext|> alone, the chat ends with <|im_end|>."""
+    tokenizer = byte_tokenizer(CHAT)
+    eos, start, end = [tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    assert data.end_ids(tokenizer, [eos, None, 9999, 7], len(tokenizer)) == [eos, 7, end]
+    assert data.end_ids(tokenizer, [], end) == [eos]  # beyond the model's vocabulary
+    tokenizer.chat_template = None
+    assert data.end_ids(tokenizer, [7], len(tokenizer)) == [7, eos]
+    for broken in ("{{ raise_exception('no answers here') }}", "<|im_start|>{{ messages[0].content }}"):
+        tokenizer.chat_template = broken  # what it does not show, it does not close
+        assert data.end_ids(tokenizer, [7], len(tokenizer)) == [7, eos]
+
+
+def test_graders_read_all_but_the_end():
+    tokenizer = byte_tokenizer(special=["<answer>", "</answer>"])
+    eos, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    text = "<|im_end|>so <answer>5</answer>"
+    ids = tokenizer(text).input_ids
+    for tail in ([], [eos], [eos, pad, pad]):
+        assert data.response_text(ids + tail, tokenizer, [eos]) == text
+    assert data.response_text([], tokenizer, [eos]) == data.response_text([eos], tokenizer, [eos]) == ""
+    letter = tokenizer("a").input_ids  # an end that is no special token stays: it may be part of the answer
+    assert data.response_text(letter, tokenizer, letter) == "a"
+
+
+def test_spaces_stay_as_the_model_wrote_them(tmp_path):
+    """Llama 3's file asks for a clean-up that turns "3 . 5" into "3. 5" and "x ' s" into "x's"."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": True}))
+    loaded = data.load_tokenizer(tmp_path)
+    text = "f ( x ) = 3 . 5 , isn 't it ?"
+    assert loaded.decode(loaded(text).input_ids) == text
+    assert data.response_text(loaded(text).input_ids, loaded, []) == text
+
+
+def test_a_directory_without_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer there"):
+        data.load_tokenizer(tmp_path)
