@@ -103,8 +103,8 @@ class Config:
             raw=raw,
         )
         if heads % config.num_key_value_heads or config.head_dim % 2:
-            raise ValueError(f"{heads} attention heads of size {config.head_dim}: heads must come "
-                             f"in {config.num_key_value_heads} groups, their sizes be even")
+            raise ValueError(f"num_attention_heads = {heads} is no multiple of "
+                             "num_key_value_heads, or head_dim is odd")
         return config
 
 
@@ -117,13 +117,14 @@ def number(raw, key, default=None, kind=int, most=2**20):
 
 
 def refuse_unknown(raw, kind):
-    """ValueError for whatever this file has no code for."""
-    wrong = [key for key in ("quantization_config", "num_experts", "num_local_experts",
-                             "mlp_bias", "use_mrope") if raw.get(key)]
+    """ValueError for what this file has no code for and what the weights' names do not show."""
+    wrong = []
     if kind not in KINDS:
         wrong.append("model_type")
     if raw.get("hidden_act", "silu") != "silu":
         wrong.append("hidden_act")
+    if raw.get("quantization_config"):
+        wrong.append("quantization_config")
     if "sliding" in str(raw.get("layer_types")):
         wrong.append("layer_types")
     window = raw.get("sliding_window")
@@ -285,14 +286,14 @@ if varlen_attn and "window_size" in inspect.signature(varlen_attn).parameters:
 # PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD's cores; oneDNN, which comes with PyTorch,
 # takes AVX-512 and is up to twice as fast. On AVX2 it is slower, and a call of it costs 25 us more:
 # it gets products of so many multiplications. RLVR_ONEDNN=1 or 0 overrides.
-wanted = os.environ.get("RLVR_ONEDNN") or torch.backends.cpu.get_cpu_capability()
-usable = wanted in ("1", "AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-ONEDNN_FROM = 2**21 if usable else math.inf
+cpu = os.environ.get("RLVR_ONEDNN") or torch.backends.cpu.get_cpu_capability()
+ONEDNN = cpu in ("1", "AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_FROM = 2**21
 
 
 def product(x, W, bias=None):
     """x (N,K), W (M,K), bias (M,) -> x W^T + bias (N,M)."""
-    if len(x) * W.numel() < ONEDNN_FROM or torch.compiler.is_compiling():
+    if not ONEDNN or len(x) * W.numel() < ONEDNN_FROM or torch.compiler.is_compiling():
         return F.linear(x, W, bias)
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, W, bias)
@@ -322,22 +323,6 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-        self.eps_tensor = torch.tensor(eps, device="cpu")
-
-    def forward(self, x):
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # float32 inside
-        # the same in fewer calls: with few rows their number is what costs
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        square = torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1])
-        return x * square.rsqrt() * self.weight
-
-
 def rotate(x, cos, sin):
     """x (N,H,h) turned, in the half-split form; cos is (cos, cos), sin is (-sin, sin): (N,1,h)."""
     a, b = x.chunk(2, -1)
@@ -355,8 +340,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.o_proj = Linear(queries, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        norm = nn.RMSNorm if c.qk_norm else nn.Identity
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, rope, attend, layer):
         N, h = len(x), self.head_dim
@@ -383,9 +369,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, rotary):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, rotary)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, rope, attend, layer):
@@ -463,7 +449,7 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         blocks = [Block(config, config.rotary[i]) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # a plain attribute: no weight, and never cast to bfloat16
@@ -613,30 +599,27 @@ class Model(nn.Module):
 SHARD_BYTES = 5 * 10**9  # of a safetensors file
 
 
-def write_tensors(directory, tensors: dict[str, Tensor], dtype=None, write=True, stem="model"):
+def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True) -> None:
     """`tensors` as safetensors in `directory`, in files of 5 GB with an index where one is not
-    enough. dtype None: each its own. Sharded ones are gathered one at a time: every rank must call
-    it, the one with write=True writes."""
+    enough. Sharded ones are gathered one by one: all ranks must call it, one with write=True."""
     from huggingface_hub import split_torch_state_dict_into_shards
     directory = Path(directory)
     if write:
         directory.mkdir(parents=True, exist_ok=True)
-    sizes = {name: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta")
-             for name, t in tensors.items()}
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES,
-                                              filename_pattern=stem + "{suffix}.safetensors")
+    sizes = {name: torch.empty(t.shape, dtype=dtype, device="meta") for name, t in tensors.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     for file, names in plan.filename_to_tensors.items():
         shard = {}
         for name in names:
             t = tensors[name].detach()
             t = t.full_tensor() if hasattr(t, "full_tensor") else t
             if write:
-                shard[name] = t.to("cpu", dtype or t.dtype).contiguous()
+                shard[name] = t.to("cpu", dtype).contiguous()
         if write:
             save_file(shard, directory / file, metadata={"format": "pt"})
     if write and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
