@@ -293,7 +293,7 @@ ONEDNN_FROM = 2**21
 
 def product(x, W, bias=None):
     """x (N,K), W (M,K), bias (M,) -> x W^T + bias (N,M)."""
-    if not ONEDNN or len(x) * W.numel() < ONEDNN_FROM or torch.compiler.is_compiling():
+    if not ONEDNN or torch.compiler.is_compiling() or len(x) * W.numel() < ONEDNN_FROM:
         return F.linear(x, W, bias)
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, W, bias)
@@ -352,7 +352,7 @@ class Attention(nn.Module):
         if self.rotary:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        return self.o_proj(attend(layer, q, k, v).view(N, -1))
+        return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -542,19 +542,20 @@ class Model(nn.Module):
         """A checkpoint's model on the meta device: shard it, give it memory, then load_weights().
         Whether the weights fit config.json is known here, before there is memory."""
         source = find_checkpoint(path_or_hub_id)
+        files = weight_files(source)
         raw = read_json(source / "config.json")
-        found = scan(weight_files(source))
         try:
             config = Config.from_dict(raw)
         except ValueError as e:
             raise ValueError(f"{source / 'config.json'}: {e}") from None
+        found = scan(files)
         if config.tie_word_embeddings and has_other_head(found):
             warnings.warn(f"{source}: config.json ties the head to the embedding, but the weights "
                           "hold another head; it is used, untied")
             config = Config.from_dict({**raw, "tie_word_embeddings": False})
         with torch.device("meta"):
             model = Model(config)
-        check_fit(found, dict(model.named_parameters()))
+        check_fit(source, found, dict(model.named_parameters()))
         model.keep(source)
         return model
 
@@ -578,7 +579,8 @@ class Model(nn.Module):
         every rank must call it (each tensor is gathered in turn), one with write=True."""
         directory = Path(directory)
         aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
+        if write:
+            shutil.rmtree(aside, ignore_errors=True)
         tensors = {}
         for name, p in self.named_parameters():
             tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
@@ -808,7 +810,7 @@ def has_other_head(found) -> bool:
     return not torch.equal(read_tensor(*head), read_tensor(*embedding))
 
 
-def check_fit(found, wanted: dict[str, Tensor]) -> None:
+def check_fit(source, found, wanted: dict[str, Tensor]) -> None:
     """ValueError if a tensor is missing, unexpected, of another shape or not of floats."""
     problems = [f"{name} missing" for name in wanted if name not in found]
     for name, (file, key, dtype, shape) in found.items():
@@ -820,7 +822,7 @@ def check_fit(found, wanted: dict[str, Tensor]) -> None:
                             f"expected {list(wanted[name].shape)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{file.parent}: weights do not fit config.json: "
+        raise ValueError(f"{source}: weights do not fit config.json: "
                          f"{'; '.join(problems[:8])}{more}")
 
 
@@ -829,7 +831,7 @@ def read_tensors(files, wanted: dict[str, Tensor]) -> None:
     """Stream safetensors into the tensors `wanted`, one at a time; a sharded one (DTensor) takes
     this rank's slice. ValueError names file and tensor."""
     found = scan(files)
-    check_fit(found, wanted)
+    check_fit(files[0].parent if files else "no safetensors", found, wanted)
     for name, local in wanted.items():
         t = read_tensor(*found[name])
         if hasattr(local, "placements"):
