@@ -31,8 +31,6 @@ import train
 MOST = 12_000_000  # weights in a page: with more, the browser gets slow
 FIRST = ("acpo", "grpo", "gspo", "cispo", "kl3", "dapo", "sapo")  # kept where not all fit
 NOT, UPPER, LOWER, DUAL_CLIP, LEFT_OUT, NO_ADVANTAGE = range(6)  # what made a weight 0
-STRETCHES = 50  # of probability, each with a band of its own
-FAR = 3.0  # log ratio up to which its end is looked for
 
 
 def microscope(flags, updates) -> dict:
@@ -154,10 +152,11 @@ class Lens:
         kept = (self.gradient().abs() * size)[mask]
         clipped = (before.abs() * (logp - old_logp).exp() * size * zero)[mask]
         bins = (p[mask] * 10).long().clamp(max=9)
+        count = bins.bincount(minlength=10)
         sums = torch.zeros(2, 10).index_add_(1, bins, torch.stack([kept, clipped]))
         share = (sums / sums.sum().clamp(min=1e-30)).double().round(decimals=5).tolist()
         return {"w": packed(w[mask]), "state": "".join(map(str, state[mask].tolist())),
-                "kept": share[0], "clipped": share[1], "count": bins.bincount(minlength=10).tolist()}
+                "kept": share[0], "clipped": share[1], "count": count.tolist()}
 
     def probe(self, logp, log_ratio, sign, company=False):
         """Weights of made-up responses (N,T), A = sign, half of the group right: alone, or in
@@ -175,51 +174,42 @@ class Lens:
 
 # ---- Its band, found by trying -------------------------------------------------------------------
 
-P = ((torch.arange(STRETCHES, dtype=torch.float64)[:, None] + 0.5) / STRETCHES).log()  # log p
-SPREAD = torch.linspace(-2, 2, STRETCHES, dtype=torch.float64)[:, None]  # log ratios; (N,1) both
+P = ((torch.arange(50.0, dtype=torch.float64)[:, None] + 0.5) / 50).log()  # (50,1), log p
+OUTWARD = torch.logspace(-4, 0.5, 2000, dtype=torch.float64)  # log ratios, 0.5 % apart
 
 
 def band(lenses) -> dict:
     """A note, and lines for each update, or once where they stay as they are."""
-    if not all(same_alone(lens) for lens in lenses):
-        return {"note": "No band drawn: it depends on all tokens of the batch.", "lines": []}
+    spread = torch.linspace(-2, 2, len(P), dtype=P.dtype)[:, None]
+    for lens in lenses:
+        for sign in (1, -1):
+            alone = lens.probe(P, spread, sign)
+            if not torch.allclose(alone, lens.probe(P, spread, sign, company=True)):
+                return {"note": "No band drawn: it depends on the whole batch.", "lines": []}
     note = "Band at A = ±1, half of the group right."
-    if not torch.allclose(lenses[0].probe(P, SPREAD, 1), lenses[0].probe(P.T, SPREAD.T, 1).T):
+    if not torch.allclose(alone, lens.probe(P.T, spread.T, sign).T):
         note += " It is that of a lone token: others in the response count, too."
-    lenses = lenses if lenses[0].totals else lenses[:1]
+    lenses = lenses if lens.totals else [lens]
     sides = [(sign, side) for sign in (1, -1) for side in (1, -1)]
     return {"note": note, "lines": [[edge(lens, *way) for way in sides] for lens in lenses]}
 
 
-def same_alone(lens) -> bool:
-    """Do made-up responses weigh the same without the real ones?"""
-    return all(torch.allclose(lens.probe(P, SPREAD, sign), lens.probe(P, SPREAD, sign, True))
-               for sign in (1, -1))
-
-
 def edge(lens, sign, side) -> dict:
-    """The log ratio at which w becomes 0 on one side of 1 or, where it does not, stops being
-    ratio x A; by halving, at each stretch of p. None where there is none."""
-    at_1, far = lens.probe(P, 0.0, sign), torch.full_like(P, FAR * side)
-    ends = lens.probe(P, far, sign) == 0
-
-    def inside(log_ratio):
-        w = lens.probe(P, log_ratio, sign)
-        follows = (w - at_1 * log_ratio.exp()).abs() <= 1e-5 * w.abs()
-        return (w != 0) & (ends | follows)
-    smooth = ~ends & ~inside(far / 200)  # bends from the start, as sapo's
-    exists = inside(far / 1e5) & ~inside(far) & ~smooth
-    capped = (exists & ~ends).any().item()
-    near = torch.zeros_like(P)
-    for _ in range(20 if exists.any() else 0):  # to 3e-6
-        middle = (near + far) / 2
-        goes_on = inside(middle)
-        near = torch.where(goes_on, middle, near)
-        far = torch.where(goes_on, far, middle)
-    exists &= near > P  # beyond, p_old would be above 1
-    found = near.masked_fill(~exists, torch.nan).flatten().tolist()
-    return {"sign": sign, "capped": capped,
-            "edge": [None if x != x else round(x, 5) for x in found]}
+    """The log ratio at which w becomes 0 on one side of ratio 1 or, where it never does, stops being
+    ratio x A: at each p, None where there is none. A w that bends from the start has none."""
+    log_ratio = side * OUTWARD.repeat(len(P))[:, None]  # all of them at each p
+    w = lens.probe(P.repeat_interleave(len(OUTWARD), 0), log_ratio, sign).view(len(P), -1)
+    at_1 = lens.probe(P, 0.0, sign)
+    ends = w[:, -1:] == 0
+    follows = (w - at_1 * (side * OUTWARD).exp()).abs() <= 1e-5 * w.abs()
+    steps = ((w != 0) & (ends | follows)).cumprod(1).sum(1)
+    found, capped = [], False
+    for p, n, zero in zip(P, steps.tolist(), ends):
+        # Beyond log ratio = log p, p_old would be above 1.
+        exists = (0 if zero else 1000) < n < len(OUTWARD) and side * OUTWARD[n] > p
+        found.append(round(side * OUTWARD[n].item(), 5) if exists else None)
+        capped |= bool(exists and not zero)
+    return {"sign": sign, "capped": capped, "edge": found}
 
 
 # ---- Texts and the file --------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_tokens_are_clipped_where_the_band_ends(shown, name):
         edge = torch.tensor([math.nan if e is None else e for e in line["edge"]]).double()[stretch]
         outside = torch.where(edge > 0, d > edge, d < edge)
         beyond |= (A * line["sign"] > 0) & outside
-        close |= (d - edge).abs() < 0.005
+        close |= (d - edge).abs() < 0.01
     assert beyond.any(), "nothing was clipped"
     assert torch.equal(clipped | close, beyond | close)
 
@@ -239,10 +239,10 @@ def test_bands_known_by_heart(shown):
     def lines(name):
         return shown["lenses"][name]["band"]["lines"]
     ends = {(line["sign"], e > 0): e for line in lines("grpo")[0] for e in line["edge"] if e}
-    assert ends == {(1, True): pytest.approx(math.log(1.2), abs=1e-4),
-                    (-1, False): pytest.approx(math.log(0.8), abs=1e-4)}
+    assert ends == {(1, True): pytest.approx(math.log(1.2), rel=6e-3),
+                    (-1, False): pytest.approx(math.log(0.8), rel=6e-3)}
     cap = lines("cispo")[0][0]
-    assert cap["capped"] and cap["edge"][0] == pytest.approx(math.log(1.3), abs=1e-4)
+    assert cap["capped"] and cap["edge"][0] == pytest.approx(math.log(1.3), rel=6e-3)
     assert len(lines("acpo")) == len(shown["updates"])  # its band moves
     assert lines("kl_cov") == [], "it looks at the batch"
     assert {e for line in lines("sapo")[0] for e in line["edge"]} == {None}, "it has none"
