@@ -508,8 +508,8 @@ def one_token(log_ratio, adv):
     return dict(logp=f64([[-.1]]), old_logp=f64([[-.1 - log_ratio]]), adv=f64([adv]),
                 mask=f64([[1]]), entropy=f64([[1]]), pass_rate=f64([.5]))
 
-@pytest.mark.parametrize("name", [name for name, f in OBJECTIVES.items()
-                                  if "dual_clip" in inspect.signature(f).parameters])
+@pytest.mark.parametrize("name", [name for name in TABLE if "dual_clip" in
+                                  inspect.signature(OBJECTIVES[name]).parameters])
 def test_dual_clip_none_lets_losers_push_without_bound(name):
     batch = one_token(1.5, -1)
     free = run(name, batch, dual_clip=None)[1].item()
@@ -522,6 +522,9 @@ def test_beyond_a_log_ratio_of_20_the_gradient_ends():
     """As in verl: else A < 0 without a dual clip puts a weight of e^25 on one token."""
     equal(run("grpo", one_token(19.9, -1))[1].item(), math.exp(19.9))
     assert run("grpo", one_token(25.0, -1))[1].item() == 0
+    equal(run("gspo", one_token(12.0, -1))[1].item(), math.exp(10))  # of responses: 10, capped
+    equal(run("ctpo", one_token(12.0, -1), dual_clip=None)[1].item(), math.exp(10))
+    equal(run("gmpo", one_token(25.0, -1))[0].item(), math.exp(20))
 
 def test_the_passes_of_lopti_share_the_tokens_between_them():
     batch = random_batch(6)
