@@ -235,6 +235,42 @@ def test_tokens_are_clipped_where_the_band_ends(shown, name):
     assert torch.equal(clipped | close, beyond | close)
 
 
+def test_what_made_a_weight_zero(shown):
+    """acpo: the upper and lower bound, the dual clip at ratio 3, no advantage; entropy_top: a fifth
+    of each response, of at least one token, may learn."""
+    def state(name):
+        return shown["lenses"][name]["views"][-1]["state"]
+    d, A = shown["log_ratio"][-1], advantage(shown, "grpo")
+    found = set(zip(A.sign().tolist(), state("acpo")))
+    assert found <= {(0, "5"), (1, "0"), (1, "1"), (-1, "0"), (-1, "2"), (-1, "3")}
+    assert all(d[i] > math.log(3) - 1e-3 for i, s in enumerate(state("acpo")) if s == "3")
+    lengths = by_token(shown, [r["length"] for g in shown["groups"] for r in g["responses"]])
+    chosen = torch.tensor([s in "0123" for s in state("entropy_top")])[A != 0]
+    shares = ((lengths / 5).floor().clamp(min=1) / lengths)[A != 0]
+    assert chosen.sum().item() == pytest.approx(shares.sum().item())
+
+
+def test_share_of_what_is_clipped():
+    """Two responses of one group by hand: ratio 1.5 is clipped where A > 0, not where A < 0."""
+    flags = microscope.train.parse(["--loss", "grpo", "--samples", "2"])
+    old_logp = torch.tensor([[0.1, 0.5, 0.25], [0.1, 0.5, 1.0]]).log()
+    logp = old_logp + torch.tensor([[1.5, 1.0, 1.0], [1.5, 1.0, 1.0]]).log()
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    view = microscope.train.TokenStats(mask, old_logp, logp, mask * 1.0, torch.full((2, 3), 0.4))
+    rollouts = [microscope.train.Rollout([], 0, [], True, advantage=A) for A in (1.0, -1.0)]
+    seen = microscope.Lens("grpo", view, rollouts, flags).seen()
+    size = [(1 - 2 * p + 0.4)**0.5 for p in (0.15, 0.5, 0.25)]  # of the three kinds of tokens
+    kept, clipped = [0.0] * 10, [0.0] * 10
+    clipped[1] = 1.5 * size[0] / 3
+    kept[1] = 1.5 * size[0] / 2
+    kept[5] = size[1] / 3 + size[1] / 2
+    kept[2] = size[2] / 3
+    total = sum(kept) + sum(clipped)
+    assert seen["kept"] == pytest.approx([x / total for x in kept], abs=2e-5)
+    assert seen["clipped"] == pytest.approx([x / total for x in clipped], abs=2e-5)
+    assert seen["state"] == "10000" and seen["count"] == [0, 2, 1, 0, 0, 2, 0, 0, 0, 0]
+
+
 def test_bands_known_by_heart(shown):
     def lines(name):
         return shown["lenses"][name]["band"]["lines"]
