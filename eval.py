@@ -68,11 +68,12 @@ def evaluate(args):
     with rewards.Scorer(workers=2) as scorer:
         for name, asked in questions.items():
             sampling = Sampling(args.n, args.temperature, args.top_p, args.seed)
-            rows = collect(args.out / f"samples_{name}.jsonl", asked, sampling, job, scorer)
+            path = args.out / f"samples_{name}.jsonl"
+            rows = collect(path, asked, sampling, job, scorer)
             greedy = rows
             if args.temperature:
-                path = args.out / f"greedy_{name}.jsonl"
-                greedy = collect(path, asked, Sampling(1, 0.0, 1.0, 0), job, scorer)
+                sampling = Sampling(1, 0.0, 1.0, 0)
+                greedy = collect(args.out / f"greedy_{name}.jsonl", asked, sampling, job, scorer)
             hub = data.SOURCES.get(name, {}).get("test")
             results[name] = score_rows(rows, args.n, args.k) | {
                 "greedy": mean([row["score"] for row in greedy]),
@@ -425,11 +426,15 @@ def compare(rows, n, other, task):
     questions that both have: mean and standard error; noise if it is below two of these."""
     theirs = read_results(other)[task]
     file = other.parent / f"samples_{task}.jsonl"
-    stored = read_rows(file)[:theirs["n"] * theirs["questions"]]
-    if {row["run"] for row in stored} != {theirs["run"]}:
-        raise ValueError(f"{file} has not the responses that {other} was made of")
+    try:
+        count = theirs["n"] * theirs["questions"]
+        stored = read_rows(file)[:count]
+        if [row["run"] for row in stored] != [theirs["run"]] * count:
+            raise KeyError("run")
+        b = by_question(stored, theirs["n"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{file} has not the responses that {other} was made of") from None
     a = by_question(rows, n)
-    b = by_question(stored, theirs["n"])
     both = [question for question in a if question in b]
     if not both:
         raise ValueError(f"--compare {other}: its {task} holds other questions, there are no pairs")

@@ -10,6 +10,7 @@ Tasks and their problem fields:
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
     qa         answer=[any, of]               last <answer>, metric="em" or "f1" (SQuAD, HotpotQA)
     math       answer="1/2" or [any, of]      last \boxed{} or \fbox{} anywhere in the response
+    rg         name, config, entry            last <answer>, by reasoning-gym's own scorer
 
 Status: "ok" an answer was found and compared (right or wrong), "no_answer", "unparsable",
 "timeout", "error". Count them: a grader that fails silently looks like a policy that never learns.
@@ -775,8 +776,26 @@ class Worker:
 
 # ---- The functions to call -----------------------------------------------------------------------
 
+def rg(response, name, config, entry):
+    """What reasoning-gym's own scorer says of the last <answer>. (data.load refuses the datasets
+    whose scorers evaluate it.)"""
+    answer = last_answer(response)
+    if not answer:
+        return "no_answer"
+    try:
+        score = gym(name, json.dumps(config)).score_answer(answer, json.loads(entry))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError):
+        return "unparsable"  # to their scorer
+    return min(1.0, max(0.0, float(score)))
+
+@lru_cache
+def gym(name, config):
+    import reasoning_gym
+    return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
+
 TASKS = {"chainsum": chainsum, "countdown": countdown, "tableqa": tableqa, "kk": kk, "qa": qa,
-         "math": math}
+         "math": math, "rg": rg}
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""

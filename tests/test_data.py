@@ -531,6 +531,18 @@ def test_reasoning_gym_splits_and_arguments():
     assert p.prompt in text and "<answer> </answer>" in text
 
 
+def test_reasoning_gym_scores_its_own_answers():
+    pytest.importorskip("reasoning_gym")
+    for name in ("chain_sum", "word_sorting", "mini_sudoku", "knights_knaves"):
+        p = data.load(f"rg:{name}", "test", 1)[0]
+        gold = json.loads(p.answer["entry"])["answer"]
+        assert rewards.grade("rg", f"<answer>1</answer> no <answer>{gold}</answer>", **p.answer) == (1.0, "ok")
+        score, status = rewards.grade("rg", "<answer>99</answer>", **p.answer)
+        assert 0 <= score < 1 and status in ("ok", "unparsable")
+        assert rewards.grade("rg", str(gold), **p.answer) == (0.0, "no_answer")
+        assert rewards.check_gold("rg", p.answer) is None
+
+
 @pytest.mark.parametrize("name, args, words", [
     ("rg:chainsum", {}, "did you mean chain_sum"), ("rg:countdown", {}, "as Python"),
     ("rg:gcd", {"size_of_it": 1}, "size_of_it"), ("rg:chain_sum", {"min_terms": 99}, "max_terms")])

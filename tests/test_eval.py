@@ -23,46 +23,58 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
-from model import Model  # noqa: E402
+from model import Model, pack  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run directory as train.py leaves it, whose model has learned to guess: about one response in ten is right."""
+    """A run directory as train.py leaves it. Its model guesses: one response in ten is right."""
     directory = tmp_path_factory.mktemp("runs") / "default"
     tokenizer = data.char_tokenizer("chainsum")
-    raw = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=len(tokenizer), hidden_size=32,
-               intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-               max_position_embeddings=256, rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu",
-               initializer_range=0.1, eos_token_id=tokenizer.convert_tokens_to_ids(data.END),
-               rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
+    raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
+           "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+           "tie_word_embeddings": True, "hidden_act": "silu", "initializer_range": 0.1,
+           "eos_token_id": tokenizer.convert_tokens_to_ids(data.END),
+           "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
     model = Model.from_scratch(raw, seed=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     demos = [(tokenizer.encode(p), tokenizer.encode(r)) for p, r in data.demos("chainsum", 60 * 32, "habit")]
     for step in range(60):
-        rows = demos[32 * step:32 * (step + 1)]
-        ids = torch.tensor([t for p, r in rows for t in (p + r)[:-1]])
-        targets = torch.tensor([t for p, r in rows for t in [-1] * (len(p) - 1) + r])
-        (-model(ids, [len(p + r) - 1 for p, r in rows], targets)[0].mean()).backward()
+        pairs = demos[32 * step:32 * (step + 1)]
+        logp = model(*pack([p + r for p, r in pairs], [len(p) for p, _ in pairs], "cpu"))[0]
+        (-logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    aside = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(aside)
-    model.source = aside
     model.save_pretrained(directory / "step-000003")
+    tokenizer.save_pretrained(directory / "step-000003")
     (directory / "latest").write_text("step-000003")
-    config = train.Config(max_new_tokens=12, out=str(directory))  # train.py's own fields: eval.py must know their names
-    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    flags = train.Flags(max_new_tokens=12, template="none", out=str(directory))
+    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(flags)))
     return directory
 
 
 @pytest.fixture
 def call(run, monkeypatch, capsys):
-    """call("--n", 4, ...): eval.py in this process; what it printed. SystemExit carries its last line."""
+    """call("--n", 4, ...): eval.py in this process; what it printed."""
     def go(*flags, checkpoint=run):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *([str(checkpoint)] if checkpoint else []), *map(str, flags)])
+        words = [checkpoint, *flags] if checkpoint else flags
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
         evaluation.main()
-        return capsys.readouterr().out
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+    return go
+
+
+@pytest.fixture
+def refused(call):
+    """refused(flags): the one line with which it stops."""
+    def go(*flags, **kw):
+        with pytest.raises(SystemExit) as stop:
+            call(*flags, **kw)
+        line = stop.value.code
+        assert isinstance(line, str) and line.startswith("eval.py: ") and "\n" not in line, line
+        return line
     return go
 
 
@@ -74,18 +86,25 @@ def results_of(directory):
     return json.loads((directory / "results.json").read_text())["results"]
 
 
-def row(id="a", sample=0, score=0.0, group="", status="ok", run="r", **more):
-    return {"id": id, "sample": sample, "group": group, "task": "chainsum", "answer": {"answer": "7"}, "prompt": "12=",
-            "run": run, "response": "#7$", "finished": True, "length": 3, "score": score, "status": status, **more}
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-# ---------------------------------------------------------------- statistics
+def row(id="a", sample=0, score=0.0, group="", status="ok", **more):
+    return {"id": id, "sample": sample, "group": group, "task": "chainsum", "answer": {"answer": "7"},
+            "prompt": "12=", "run": "r", "response": "#7$", "finished": True, "length": 3,
+            "score": score, "status": status, **more}
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(nck):
     n, c, k = nck
     subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-    assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets), abs=1e-12)
+    share = sum(any(s) for s in subsets) / len(subsets)
+    assert evaluation.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
 
 
 def test_pass_at_k_does_not_overflow():
@@ -99,88 +118,91 @@ values = st.lists(st.floats(0, 1), min_size=2, max_size=30)
 
 @given(values)
 def test_standard_error_is_over_questions_with_ddof_1(v):
-    assert evaluation.standard_error(v) == pytest.approx(statistics.stdev(v) / math.sqrt(len(v)), abs=1e-9)
-    assert evaluation.standard_error(v, [""] * len(v)) == evaluation.standard_error(v)  # no group is not a group
+    expected = statistics.stdev(v) / math.sqrt(len(v))
+    assert evaluation.standard_error(v, [""] * len(v)) == pytest.approx(expected, abs=1e-9)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcd")), min_size=2, max_size=20))
 def test_clustered_error_is_the_double_sum_over_pairs_of_one_cluster(pairs):
     v, groups = zip(*pairs)
     Q, C, mean = len(v), len(set(groups)), sum(v) / len(v)
-    se = evaluation.standard_error(v, groups)
+    found = evaluation.standard_error(v, groups)
     if C == 1:
-        assert se is None
+        assert found is None
         return
     total = sum((v[i] - mean) * (v[j] - mean) for i in range(Q) for j in range(Q) if groups[i] == groups[j])
-    assert se == pytest.approx(math.sqrt(max(0, total) * C / (C - 1)) / Q, abs=1e-6)
+    assert found == pytest.approx(math.sqrt(max(0, total) * C / (C - 1)) / Q, abs=1e-6)
 
 
 @given(values)
-def test_asking_every_question_twice_about_one_table_does_not_shrink_the_error(v):
+def test_asking_every_question_twice_does_not_shrink_the_error(v):
     """Naive errors would fall by sqrt(2), although nothing new was measured."""
-    twice, groups = v + v, [str(i) for i in range(len(v))] * 2
-    assert evaluation.standard_error(twice, groups) == pytest.approx(evaluation.standard_error(v), abs=1e-9)
+    groups = [str(i) for i in range(len(v))]
+    once = evaluation.standard_error(v, groups)
+    assert evaluation.standard_error(v + v, groups + groups) == pytest.approx(once, abs=1e-9)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4), min_size=2, max_size=8))
 def test_score_rows_against_plain_loops(scores):
     rows = [row(f"q{i}", j, s, status="ok" if s else "no_answer", finished=s > 0, length=j)
             for i, block in enumerate(scores) for j, s in enumerate(block)]
-    result, flat, Q = evaluation.score_rows(rows, 4, (1, 3)), sum(scores, []), len(scores)
-    means = [sum(b) / 4 for b in scores]
-    assert result["avg@4"] == result["exact_match,none"] == pytest.approx(sum(means) / Q)
-    assert result["se"] == result["exact_match_stderr,none"] == pytest.approx(statistics.stdev(means) / math.sqrt(Q))
-    for k in (1, 3):  # a half-right response is not a pass
-        chance = [sum(any(x == 1 for x in s) for s in itertools.combinations(b, k)) / math.comb(4, k) for b in scores]
-        assert result[f"pass@{k},none"] == pytest.approx(sum(chance) / Q)
-    zeros = sum(s == 0 for s in flat)
-    assert result["truncated"] == result["no_answer"] == pytest.approx(zeros / len(flat))
-    assert (result["questions"], result["clusters"], result["n"], result["length"]) == (Q, Q, 4, 1.5)
-    assert result["status"].get("no_answer", 0) == zeros and sum(result["status"].values()) == 4 * Q
+    result = evaluation.score_rows(rows, 4, (1, 3))
+    means = [sum(block) / 4 for block in scores]
+    assert result["avg@4"] == pytest.approx(statistics.mean(means))
+    assert result["se"] == pytest.approx(statistics.stdev(means) / math.sqrt(len(means)))
+    for k in (1, 3):  # a half-right response is no pass
+        chances = [statistics.mean(1 in s for s in itertools.combinations(block, k)) for block in scores]
+        assert result[f"pass@{k}"] == pytest.approx(statistics.mean(chances))
+    zeros = sum(scores, []).count(0)
+    assert result["truncated"] == result["no_answer"] == pytest.approx(zeros / len(rows))
+    assert (result["questions"], result["n"], result["length"]) == (len(scores), 4, 1.5)
+    assert result["status"].get("no_answer", 0) == zeros
 
 
-# ---------------------------------------------------------------- a whole evaluation
+# ---- A whole evaluation --------------------------------------------------------------------------
 
 def test_defaults_are_those_of_the_run(run, call, tmp_path):
-    """A run directory needs no flags: its task, template, response length; n 8; a greedy pass; the numbers add up."""
+    """A run directory needs no flags: its task, template and response length; the numbers add up."""
     out = call("--out", tmp_path, "--limit", 40)
-    result, rows = results_of(tmp_path)["chainsum"], rows_of(tmp_path)
     record = json.loads((tmp_path / "results.json").read_text())
-    assert record["config"]["max_new_tokens"] == 12 and record["config"]["template"] == "none"
-    assert record["config"]["checkpoint"].endswith("step-000003") and result["n"] == 8 and result["k"] == [1, 8]
-    assert "n 8, temperature 1.0, top_p 1.0, max_new_tokens 12, template none, seed 0" in out
-    assert all(column in out for column in ("avg@8 ± SE", "pass@1", "pass@8", "greedy", "truncated", "no answer"))
+    result, rows = record["results"]["chainsum"], rows_of(tmp_path)
+    assert record["checkpoint"].endswith("step-000003") and record["config"]["template"] == "none"
+    assert "n 8, temperature 1.0, top_p 1.0, max_new_tokens 12, template none" in out
     problems = data.load("chainsum", "test", n=40)
     assert [(r["id"], r["sample"]) for r in rows] == [(p.id, j) for p in problems for j in range(8)]
-    for r, p in zip(rows, (p for p in problems for _ in range(8))):
+    for r, p in zip(rows, [p for p in problems for _ in range(8)]):
         assert (r["score"], r["status"]) == rewards.grade("chainsum", r["response"], **p.answer)
         assert r["prompt"] == p.prompt and r["length"] == len(r["response"])
         assert r["finished"] == r["response"].endswith("$")
-    assert result["avg@8"] == pytest.approx(sum(r["score"] for r in rows) / len(rows)) and 0.02 < result["avg@8"] < 0.3
-    assert result["pass@1,none"] == pytest.approx(result["avg@8"]) and result["pass@8,none"] > result["avg@8"]
+    assert result["avg@8"] == pytest.approx(sum(r["score"] for r in rows) / len(rows))
+    assert result["pass@1"] == pytest.approx(result["avg@8"])
+    assert 0.02 < result["avg@8"] < 0.3 and result["pass@8"] > result["avg@8"]
     greedy = rows_of(tmp_path, "greedy_chainsum")
-    assert result["greedy"] == pytest.approx(sum(r["score"] for r in greedy) / 40)
-    percent = re.search(r"chainsum +(\S+) ± (\S+) ", out)
-    assert float(percent[1]) == pytest.approx(100 * result["avg@8"], abs=0.051)
-    assert float(percent[2]) == pytest.approx(100 * result["se"], abs=0.051)
+    assert len(greedy) == 40 and result["greedy"] == sum(r["score"] for r in greedy) / 40
+    shown = re.search(r"chainsum +(\S+) ± (\S+) +(\S+) +(\S+) +(\S+)", out)
+    numbers = [result[key] for key in ("avg@8", "se", "pass@1", "pass@8", "greedy")]
+    assert [float(text) for text in shown.groups()] == pytest.approx([100 * x for x in numbers], abs=0.051)
 
 
-def test_the_length_of_the_run_is_the_default(run, call, tmp_path):
+def edited(run, tmp_path, **flags):
+    """A copy of the run, with other flags in its config.json."""
     shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"max_new_tokens": 2}))
-    call("--limit", 5, "--n", 4, "--out", tmp_path, checkpoint=tmp_path / "run")
-    assert max(r["length"] for r in rows_of(tmp_path)) == 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | flags))
+    return tmp_path / "run"
 
 
-def test_the_template_and_the_held_out_set_of_the_run_are_the_defaults(run, call, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"template": "chat"}))
-    assert "template chat needs" in line_of(call, checkpoint=tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"eval_data": "add"}))
-    assert "add-test-0" in line_of(call, checkpoint=tmp_path / "run")
+def test_length_and_task_of_the_run_are_the_defaults(run, call, refused, tmp_path):
+    copy = edited(run, tmp_path, max_new_tokens=2)
+    call("--limit", 5, "--n", 2, checkpoint=copy)
+    assert max(r["length"] for r in rows_of(copy)) == 2  # and the results lie in the run
+    assert not list(copy.glob(".*"))  # nothing half-written is left behind
+    shutil.rmtree(copy)
+    copy = edited(run, tmp_path, eval_data="countdown")
+    assert "countdown-test-0" in refused("--template", "none", checkpoint=copy)
+    shutil.rmtree(copy)
+    assert "this tokenizer has none" in refused(checkpoint=edited(run, tmp_path, template="chat"))
 
 
 def test_a_checkpoint_inside_a_run_is_evaluated_like_the_run(run, call, tmp_path):
@@ -189,16 +211,11 @@ def test_a_checkpoint_inside_a_run_is_evaluated_like_the_run(run, call, tmp_path
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
 
 
-def test_results_lie_in_the_run_directory_by_default(run, call, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    call("--limit", 2, "--n", 2, checkpoint=tmp_path / "run")
-    assert results_of(tmp_path / "run")["chainsum"]["questions"] == 2 and len(rows_of(tmp_path / "run")) == 4
-    assert not list((tmp_path / "run").glob(".*"))  # nothing half-written is left behind
-
-
 @pytest.fixture
-def whole(call, tmp_path):
-    call("--out", tmp_path / "whole", "--limit", 24, "--n", 4, "--batch_size", 16)
+def whole(call, tmp_path, monkeypatch):
+    """A finished evaluation of 24 questions with 4 responses each."""
+    monkeypatch.setattr(evaluation, "BATCH", 16)
+    call("--out", tmp_path / "whole", "--limit", 24, "--n", 4)
     return tmp_path / "whole"
 
 
@@ -208,23 +225,23 @@ def same(a, b):
     assert results_of(a) == results_of(b)
 
 
-def test_twice_the_same_and_another_seed_another_sample(call, whole, tmp_path):
-    call("--out", tmp_path / "again", "--limit", 24, "--n", 4, "--batch_size", 16)
-    same(whole, tmp_path / "again")
-    call("--out", tmp_path / "seed", "--limit", 24, "--n", 4, "--seed", 1)
-    assert [r["response"] for r in rows_of(whole)] != [r["response"] for r in rows_of(tmp_path / "seed")]
-    assert rows_of(whole, "greedy_chainsum") == rows_of(tmp_path / "seed", "greedy_chainsum")
-
-
-@pytest.mark.parametrize("batch", [1, 1000])
-def test_batch_size_changes_no_token(call, whole, tmp_path, batch):
-    call("--out", tmp_path / "b", "--limit", 24, "--n", 4, "--batch_size", batch)
+@pytest.mark.parametrize("batch", [1, 16, 1000])
+def test_batches_change_no_token(call, whole, tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(evaluation, "BATCH", batch)
+    call("--out", tmp_path / "b", "--limit", 24, "--n", 4)
     same(whole, tmp_path / "b")
 
 
-def test_stopped_in_the_middle_and_started_again(call, whole, tmp_path, monkeypatch):
-    """Ctrl-C in the third batch: two batches are on disk, the second call samples the rest only."""
-    asked, real = [], evaluation.generate
+def test_another_seed_is_another_sample(call, whole, tmp_path):
+    call("--out", tmp_path / "b", "--limit", 24, "--n", 4, "--seed", 1)
+    assert [r["response"] for r in rows_of(whole)] != [r["response"] for r in rows_of(tmp_path / "b")]
+    assert rows_of(whole, "greedy_chainsum") == rows_of(tmp_path / "b", "greedy_chainsum")
+
+
+def test_stopped_in_the_middle_and_started_again(call, refused, whole, tmp_path, monkeypatch):
+    """Ctrl-C in the third batch: two are on disk, the second call samples the rest only."""
+    asked = []
+    real = evaluation.generate
 
     def generate(model, prompts, *args, **kw):
         if len(asked) == 2:
@@ -232,42 +249,54 @@ def test_stopped_in_the_middle_and_started_again(call, whole, tmp_path, monkeypa
         asked.append(len(prompts))
         return real(model, prompts, *args, **kw)
     monkeypatch.setattr(evaluation, "generate", generate)
-    flags = ("--out", tmp_path / "b", "--limit", 24, "--n", 4, "--batch_size", 16)
-    with pytest.raises(SystemExit, match="stopped; the same command goes on"):
-        call(*flags)
+    flags = ("--out", tmp_path / "b", "--limit", 24, "--n", 4)
+    assert "the same command goes on" in refused(*flags)
     assert len(rows_of(tmp_path / "b")) == 32 and not (tmp_path / "b" / "results.json").exists()
-    monkeypatch.setattr(evaluation, "generate", lambda m, p, *a, **k: asked.append(len(p)) or real(m, p, *a, **k))
-    call(*flags)
-    assert sum(asked[2:]) == 24 - 8 + 24  # sixteen questions and the greedy pass
+
+    def counted(model, prompts, *args, **kw):
+        asked.append(len(prompts))
+        return real(model, prompts, *args, **kw)
+    monkeypatch.setattr(evaluation, "generate", counted)
+    assert "samples_chainsum.jsonl: 32 of 96 responses are there already" in call(*flags)
+    assert sum(asked[2:]) == 24 - 8 + 24  # sixteen questions, and the greedy pass
     same(whole, tmp_path / "b")
 
 
 @pytest.mark.parametrize("keep", [0.03, 0.5, 0.99])
 def test_a_half_written_line_is_dropped(call, whole, tmp_path, keep):
-    """kill -9 while a line is written: also a question of which only some samples are there is sampled anew."""
+    """kill -9 while a line is written; a question with some of its samples is sampled anew."""
     (tmp_path / "b").mkdir()
     for file in ("samples_chainsum.jsonl", "greedy_chainsum.jsonl"):
         text = (whole / file).read_bytes()
         (tmp_path / "b" / file).write_bytes(text[:int(keep * len(text))])
-    call("--out", tmp_path / "b", "--limit", 24, "--n", 4, "--batch_size", 16)
+    out = call("--out", tmp_path / "b", "--limit", 24, "--n", 4)
     same(whole, tmp_path / "b")
+    assert "kept as" not in out and len(list((tmp_path / "b").iterdir())) == 3
 
 
-def test_stored_responses_are_kept_and_graded_anew(call, whole, monkeypatch):
-    """A repaired grader must not leave yesterday's scores in the table, nor cost a second sampling."""
+def nothing_is_sampled(*args, **kw):
+    raise AssertionError("sampled again")
+
+
+def test_responses_are_kept_and_graded_anew(call, whole, monkeypatch):
+    """Neither a repaired grader nor a corrected answer costs a second sampling."""
     rows = rows_of(whole)
     rows[5] |= {"response": f"#{rows[5]['answer']['answer']}$", "score": 0.0, "status": "error"}
-    (whole / "samples_chainsum.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    monkeypatch.setattr(evaluation, "generate", None)  # it must not be called
+    for r in rows[8:12]:
+        r["answer"] = {"answer": "corrected since"}
+    write(whole / "samples_chainsum.jsonl", rows)
+    monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
     call("--out", whole, "--limit", 24, "--n", 4)
-    assert (rows_of(whole)[5]["score"], rows_of(whole)[5]["status"]) == (1.0, "ok")
-    assert results_of(whole)["chainsum"]["status"].get("error", 0) == 0
+    again = rows_of(whole)
+    assert (again[5]["score"], again[5]["status"]) == (1.0, "ok")
+    assert again[8]["answer"] != {"answer": "corrected since"}
+    assert [r["response"] for r in again] == [r["response"] for r in rows]
 
 
 def test_a_smaller_limit_loses_nothing_and_a_larger_one_continues(call, whole, tmp_path, monkeypatch):
     before = rows_of(whole)
     with monkeypatch.context() as m:
-        m.setattr(evaluation, "generate", None)
+        m.setattr(evaluation, "generate", nothing_is_sampled)
         call("--out", whole, "--limit", 10, "--n", 4)
     assert results_of(whole)["chainsum"]["questions"] == 10 and rows_of(whole) == before
     call("--out", whole, "--limit", 30, "--n", 4)
@@ -276,32 +305,77 @@ def test_a_smaller_limit_loses_nothing_and_a_larger_one_continues(call, whole, t
 
 
 @pytest.mark.parametrize("flags", [("--temperature", 0.7), ("--top_p", 0.5), ("--max_new_tokens", 5), ("--seed", 3)])
-def test_samples_of_other_flags_are_set_aside_not_mixed_and_not_lost(call, whole, flags):
-    old = rows_of(whole)
-    out = call("--out", whole, "--limit", 24, "--n", 4, *flags)
-    aside = whole / f"samples_chainsum.jsonl.{old[0]['run']}"
-    assert aside.name in out and [json.loads(line) for line in aside.read_text().splitlines()] == old
-    assert len({r["run"] for r in rows_of(whole)}) == 1 and rows_of(whole)[0]["run"] != old[0]["run"]
-    assert [r["response"] for r in rows_of(whole)] != [r["response"] for r in old]
+def test_responses_of_other_flags_are_set_aside_not_mixed_and_not_lost(call, whole, flags):
+    old = (whole / "samples_chainsum.jsonl").read_bytes()
+    flags = ("--out", whole, "--limit", 24, "--n", 4, *flags)
+    out = call(*flags)
+    assert "kept as samples_chainsum.jsonl.1, and 0 of its 96 responses are used" in out
+    assert (whole / "samples_chainsum.jsonl.1").read_bytes() == old
+    assert {r["run"] for r in rows_of(whole)} != {json.loads(old.splitlines()[0])["run"]}
+    call("--out", whole, "--limit", 24, "--n", 4)  # back again: the second one does not go either
+    assert (whole / "samples_chainsum.jsonl.1").read_bytes() == old
+    assert (whole / "samples_chainsum.jsonl.2").exists()
+    assert (whole / "samples_chainsum.jsonl").read_bytes() == old
 
 
-def test_samples_of_other_weights_are_set_aside(run, call, tmp_path):
+def test_responses_of_other_weights_are_set_aside(run, call, tmp_path):
     """The run went on training: same directory, same flags, other model."""
-    shutil.copytree(run, tmp_path / "run")
-    call("--limit", 3, checkpoint=tmp_path / "run")
-    old = rows_of(tmp_path / "run")[0]["run"]
-    model = Model.from_pretrained(run / "step-000003")
+    copy = edited(run, tmp_path)
+    call("--limit", 3, checkpoint=copy)
+    old = rows_of(copy)
+    model = Model.from_pretrained(copy / "step-000003")
     with torch.no_grad():
         for p in model.parameters():
             p += 1e-4
-    model.save_pretrained(tmp_path / "run" / "step-000006")
-    (tmp_path / "run" / "latest").write_text("step-000006")
-    assert old in call("--limit", 3, checkpoint=tmp_path / "run")
-    assert rows_of(tmp_path / "run")[0]["run"] != old
+    model.save_pretrained(copy / "step-000006")
+    (copy / "latest").write_text("step-000006")
+    assert "kept as samples_chainsum.jsonl.1" in call("--limit", 3, checkpoint=copy)
+    assert rows_of(copy)[0]["run"] != old[0]["run"]
+
+
+def test_other_questions_under_the_same_name_cost_no_response(call, tmp_path):
+    """The third question of a file was reworded: two are used again, all are kept."""
+    questions = [{"prompt": f"12345{i}=", "answer": "1", "task": "chainsum"} for i in range(4)]
+    file = write(tmp_path / "mine.jsonl", questions)
+    call("--tasks", file, "--out", tmp_path, "--n", 2)
+    old = rows_of(tmp_path, "samples_mine")
+    questions[2]["prompt"] = "777777="
+    write(file, questions)
+    out = call("--tasks", file, "--out", tmp_path, "--n", 2)
+    assert "kept as samples_mine.jsonl.1, and 4 of its 8 responses are used" in out
+    kept = [json.loads(line) for line in (tmp_path / "samples_mine.jsonl.1").read_text().splitlines()]
+    assert kept == old and rows_of(tmp_path, "samples_mine")[:4] == old[:4]
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", "null", "no JSON", '{"run": "x/../../victim"}', '{"run": 7}',
+                                  '{"response": 5}', "[" * 99_999])
+def test_sample_files_of_strangers(call, whole, line):
+    """Whatever stands there is set aside: a `run` once named a file outside that was replaced."""
+    file = whole / "samples_chainsum.jsonl"
+    good = file.read_text()
+    lines = good.splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | json.loads(line)) if line[0] == "{" else line
+    file.write_text("\n".join(lines))
+    call("--out", whole, "--limit", 24, "--n", 4)
+    assert file.read_text() == good and (whole / "samples_chainsum.jsonl.1").exists()
+    assert not list(whole.parent.glob("*victim*"))
+
+
+def test_nothing_is_written_through_a_link(call, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".results.json", "results.json", ".samples_chainsum.jsonl", "samples_chainsum.jsonl",
+                 ".greedy_chainsum.jsonl"):
+        (out / name).symlink_to(victim)
+    call("--out", out, "--limit", 2, "--n", 2)
+    assert victim.read_text() == "precious" and not (out / "results.json").is_symlink()
+    assert len(rows_of(out)) == 4
 
 
 def test_greedy_alone_is_the_greedy_pass(call, whole, tmp_path):
-    assert "n 1, temperature 0.0" in call("--greedy", "--out", tmp_path / "g", "--limit", 24)
+    assert "n 1, top_p 1.0" in call("--greedy", "--out", tmp_path / "g", "--limit", 24)
     a, b = rows_of(tmp_path / "g"), rows_of(whole, "greedy_chainsum")
     assert [r["response"] for r in a] == [r["response"] for r in b]
     result = results_of(tmp_path / "g")["chainsum"]
@@ -309,196 +383,243 @@ def test_greedy_alone_is_the_greedy_pass(call, whole, tmp_path):
     assert not (tmp_path / "g" / "greedy_chainsum.jsonl").exists()
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def test_a_file_as_a_task_and_repeated_questions_are_sampled_apart(call, tmp_path):
-    """Two questions of one text must not get the same responses: their errors would be counted as independent."""
+def test_repeated_questions_are_sampled_apart(call, tmp_path):
+    """Two questions of one text must not get the same responses: errors would be too small."""
     question = {"prompt": "123456=", "answer": "1", "task": "chainsum", "group": "g"}
-    file = write(tmp_path / "mine.jsonl", question | {"id": "a"}, question | {"id": "b"})
+    file = write(tmp_path / "mine.jsonl", [question | {"id": "a"}, question | {"id": "b"}])
     call("--tasks", f"{file},chainsum", "--limit", 2, "--out", tmp_path, "--temperature", 3)
     rows, result = rows_of(tmp_path, "samples_mine"), results_of(tmp_path)
-    assert list(result) == ["mine", "chainsum"] and result["mine"]["clusters"] == 1 and result["mine"]["se"] is None
+    assert list(result) == ["mine", "chainsum"] and result["mine"]["se"] is None  # one cluster
     assert [r["response"] for r in rows[:8]] != [r["response"] for r in rows[8:]]
-
-
-def test_questions_with_several_answers_are_counted(call, tmp_path):
-    """Minerva with any of its answers scores higher than with its first: a table must say which it is."""
-    file = write(tmp_path / "m.jsonl", {"prompt": "12=", "answer": ["3", "4"]}, {"prompt": "13=", "answer": "5"})
-    call("--tasks", file, "--out", tmp_path, "--n", 1)
-    assert json.loads((tmp_path / "results.json").read_text())["configs"]["m"]["any_of"] == 1
 
 
 def test_acpo_compat_reaches_the_grader_of_math_only():
     rows = [row(response="4", answer={"answer": "4"}, task=task) for task in ("math", "chainsum")]
-    with rewards.Scorer(workers=0) as scorer:
-        assert [r["score"] for r in evaluation.graded(rows, scorer, acpo_compat=False)] == [0, 0]
-        assert [r["score"] for r in evaluation.graded(rows, scorer, acpo_compat=True)] == [1, 0]
+    for compat, scores in ((False, [0, 0]), (True, [1, 0])):
+        args = evaluation.parse(["x", *(["--acpo_compat"] if compat else [])])
+        with rewards.Scorer(workers=1) as scorer:
+            assert [r["score"] for r in evaluation.graded(rows, scorer, args)] == scores
 
 
 def test_list_names_every_task_of_every_suite(call):
     out = call("--list", checkpoint=None)
     for name in sum(evaluation.SUITES.values(), []):
-        assert name in out and (name in data.TASKS or "test" in data.SOURCES[name])
+        assert name in out
+        assert name.startswith("rg:") or name in data.TASKS or "test" in data.SOURCES[name]
 
 
-# ---------------------------------------------------------------- comparison
+# ---- A model that answers like a chat model ------------------------------------------------------
+
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{{ mark|default('say') }}{% endif %}")
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """A checkpoint that always says <answer>4</answer><|im_end|> and goes on; its config.json
+    calls <|endoftext|> the end, and the tags are special tokens."""
+    from safetensors.torch import load_file, save_file
+    from test_data import byte_tokenizer
+    tokenizer = byte_tokenizer(CHAT, special=["<answer>", "</answer>"])
+    says = tokenizer.convert_tokens_to_ids(["y", "<answer>", "4", "</answer>", "<|im_end|>", "!", "!"])
+    raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": len(tokenizer),
+           "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "num_key_value_heads": 1, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+           "tie_word_embeddings": False, "hidden_act": "silu", "rope_theta": 10000.0,
+           "eos_token_id": tokenizer.eos_token_id}
+    Model.from_scratch(raw, 0).save_pretrained(tmp_path / "chatty")
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    weights = load_file(tmp_path / "chatty" / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or "embed" in name or "lm_head" in name:
+            weights[name].zero_()  # the next token is a function of the last one alone
+    for i, (now, then) in enumerate(zip(says, says[1:])):
+        weights["model.embed_tokens.weight"][now, i] = 1
+        weights["lm_head.weight"][then, i] = 30
+    save_file(weights, tmp_path / "chatty" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "chatty"
+
+
+def test_ends_and_tags_of_chat_models(call, chatty, tmp_path):
+    """It ends at <|im_end|>, which config.json does not name, and its tags are read by the grader."""
+    file = write(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4", "task": "qa"}])
+    out = call("--tasks", file, "--n", 2, "--max_new_tokens", 9, checkpoint=chatty)
+    assert "template chat" in out
+    for r in rows_of(chatty, "samples_q"):
+        assert (r["response"], r["finished"], r["score"]) == ("<answer>4</answer>", True, 1.0)
+        assert r["length"] == 4 and r["prompt"].startswith("<|im_start|>user\n2+2?")
+    out = call("--tasks", file, "--n", 2, "--max_new_tokens", 9, "--template_args", "mark=x", checkpoint=chatty)
+    assert rows_of(chatty, "samples_q")[0]["prompt"].endswith("<|im_start|>x")
+    assert "template_args ['mark=x']" in out and "kept as samples_q.jsonl.1" in out
+
+
+def test_reasoning_gym_as_a_task(call, chatty):
+    pytest.importorskip("reasoning_gym")
+    call("--tasks", "rg:chain_sum", "--data_args", "min_terms=2", "max_terms=2", "--limit", 3, "--n", 1,
+         "--max_new_tokens", 9, checkpoint=chatty)
+    rows = rows_of(chatty, "samples_rg-chain_sum")
+    assert len(rows) == 3 and {r["status"] for r in rows} == {"ok"}
+    assert all(r["prompt"].count(" + ") + r["prompt"].count(" - ") == 1 for r in rows)
+    assert list(results_of(chatty)) == ["rg-chain_sum"]
+
+
+# ---- Comparison ----------------------------------------------------------------------------------
 
 def fake(directory, scores, n=2, groups=None, ids=None, answer="7"):
-    """results.json and samples of one task with the given scores, question by question."""
+    """(rows, results.json) of one task `t` with the given scores, question by question."""
     directory.mkdir(exist_ok=True)
-    rows = [row((ids or range(len(scores)))[i], j, s, (groups or [""] * len(scores))[i], run=directory.name,
-                answer={"answer": answer}) for i, block in enumerate(scores) for j, s in enumerate(block)]
-    write(directory / "samples_t.jsonl", *rows)
-    result = evaluation.score_rows(rows, n) | {"run": directory.name}
-    (directory / "results.json").write_text(json.dumps({"results": {"t": result}}))
-    return directory / "results.json"
+    rows = []
+    for i, block in enumerate(scores):
+        for j, score in enumerate(block):
+            rows.append(row((ids or range(99))[i], j, score, (groups or [""] * 99)[i], run=directory.name,
+                            answer={"answer": answer}))
+    write(directory / "samples_t.jsonl", rows)
+    results = {"t": evaluation.score_rows(rows, n)}
+    (directory / "results.json").write_text(json.dumps({"results": results}))
+    return rows, directory / "results.json"
 
 
 def test_the_paired_difference_and_its_error(tmp_path):
-    """Pairing by id, in any order, over the questions that both have; the error is that of the differences."""
-    a = fake(tmp_path / "a", [[1, 1], [0, 1], [0, 0], [1, 1]], ids="wxyz")
-    b = fake(tmp_path / "b", [[0, 0], [0, 0], [1, 0], [1, 1]], ids="zyxv")
-    found = evaluation.compare(a, b)["t"]
+    """Paired by id, in any order, over the questions that both have."""
+    rows, _ = fake(tmp_path / "a", [[1, 1], [0, 1], [0, 0], [1, 1]], ids="wxyz")
+    _, other = fake(tmp_path / "b", [[0, 0], [0, 0], [1, 0], [1, 1]], ids="zyxv")
+    found = evaluation.compare(rows, 2, other, "t")
     d = [0.5 - 0.5, 0 - 0, 1 - 0]  # x, y, z
     assert found["difference"] == pytest.approx(sum(d) / 3) and found["questions"] == 3
     assert found["se"] == pytest.approx(statistics.stdev(d) / math.sqrt(3))
-    assert found["ours"] - found["other"] == pytest.approx(found["difference"])
+    assert (found["ours"], found["other"]) == pytest.approx((0.5, 0.5 / 3))
 
 
 def test_the_verdict_is_noise_below_two_standard_errors(tmp_path):
     def verdict(x, y, groups=None):
-        a, b = fake(tmp_path / "a", x, 1, groups), fake(tmp_path / "b", y, 1, groups)
-        return evaluation.compare(a, b)["t"]["verdict"]
-    no, up = [[0]] * 12, [[1]] * 6 + [[0]] * 6
-    assert verdict(up, no) == "better" and verdict(no, up) == "worse"
-    assert verdict(up, up).startswith("noise")
+        rows, _ = fake(tmp_path / "a", x, 1, groups)
+        return evaluation.compare(rows, 1, fake(tmp_path / "b", y, 1, groups)[1], "t")["verdict"]
+    no, half = [[0]] * 12, [[1]] * 6 + [[0]] * 6
+    assert verdict(half, no) == "better" and verdict(no, half) == "worse"
+    assert verdict(half, half).startswith("noise")
     assert verdict([[1]] * 2 + [[0]] * 10, no).startswith("noise")  # 0.17 +- 0.11
-    assert verdict(up, no, ["table 1"] * 6 + ["table 2"] * 6).startswith("noise")  # two tables prove nothing
-    assert verdict([[1]], [[0]]).startswith("noise")  # nor does one question
+    assert verdict(half, no, ["table 1"] * 6 + ["table 2"] * 6).startswith("noise")  # two tables
+    assert verdict([[1]], [[0]]).startswith("noise")  # one question proves nothing
 
 
-def test_compare_on_the_command_line(call, whole, tmp_path):
+def test_compare_on_the_command_line(call, refused, whole, tmp_path):
     flags = ("--limit", 24, "--n", 4, "--seed", 5, "--out", tmp_path / "b")
     out = call(*flags, "--compare", whole / "results.json")
-    a, b = (results_of(d)["chainsum"]["avg@4"] for d in (tmp_path / "b", whole))
-    line = re.search(r"against .*\n.*\nchainsum +(\S+) +(\S+) +(\S+) ± (\S+) +24  (.*)", out)
-    assert float(line[3]) == pytest.approx(100 * (a - b), abs=0.051) and a != b
-    assert line[5].startswith("noise")  # two seeds of the same model
-    with pytest.raises(SystemExit, match="would overwrite it"):
-        call(*flags, "--compare", tmp_path / "b" / "results.json")
+    a, b = [results_of(d)["chainsum"]["avg@4"] for d in (tmp_path / "b", whole)]
+    line = re.search(r"against .*\n.*\nchainsum +(\S+) +(\S+) +(\S+) ± (\S+) +24 +(.*)", out)
+    difference, error = float(line[3]), float(line[4])
+    assert difference == pytest.approx(100 * (a - b), abs=0.051) and a != b
+    assert line[5].startswith("noise") == (abs(difference) < 2 * error)
+    assert "would be overwritten" in refused(*flags, "--compare", tmp_path / "b" / "results.json")
 
 
 def test_compare_refuses_what_cannot_be_paired(tmp_path):
-    a, b = fake(tmp_path / "a", [[1, 1]] * 3), fake(tmp_path / "b", [[1, 1]] * 3, ids="xyz")
-    with pytest.raises(ValueError, match="other questions"):
-        evaluation.compare(a, b)
-    with pytest.raises(ValueError, match="other questions"):  # the same ids in another file
-        evaluation.compare(a, fake(tmp_path / "c", [[1, 1]] * 3, answer="8"))
-    text = (tmp_path / "b" / "samples_t.jsonl").read_text()
-    (tmp_path / "b" / "samples_t.jsonl").write_text(text.replace('"run": "b"', '"run": "other"'))
-    with pytest.raises(ValueError, match="not the 6 samples"):
-        evaluation.scores_by_id(b, "t")
-    (tmp_path / "b" / "samples_t.jsonl").unlink()
-    with pytest.raises(ValueError, match="not the 6 samples"):
-        evaluation.scores_by_id(b, "t")
+    rows, _ = fake(tmp_path / "a", [[1, 1]] * 3)
+    for more in ({"ids": "xyz"}, {"answer": "8"}):  # other questions; the same ids in another file
+        _, other = fake(tmp_path / "b", [[1, 1]] * 3, **more)
+        with pytest.raises(ValueError, match="other questions"):
+            evaluation.compare(rows, 2, other, "t")
+    file = tmp_path / "b" / "samples_t.jsonl"
+    for text in (file.read_text().replace('"run": "b"', '"run": "other"'), file.read_text()[:100], "5\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="has not the responses that"):
+            evaluation.compare(rows, 2, other, "t")
 
 
-# ---------------------------------------------------------------- bad input: one line, before any sampling
-
-def line_of(call, *flags, **kw):
-    with pytest.raises(SystemExit) as stop:
-        call(*flags, **kw)
-    line = stop.value.code
-    assert isinstance(line, str) and line.startswith("eval.py: ") and "\n" not in line, line
-    return line
-
+# ---- Bad input: one line, before any sampling ----------------------------------------------------
 
 @pytest.mark.parametrize("flags, says", [
-    (["--tasks", "chainsm"], "unknown task 'chainsm'; did you mean chainsum?"),
-    (["--tasks", "chainsum,countdwn"], "did you mean countdown"),
+    (["--tasks", "chainsm"], "did you mean chainsum?"), (["--tasks", "chainsum,countdwn"], "mean countdown"),
     (["--suite", "maths"], "choose from"), (["--temprature", "1"], "did you mean --temperature"),
-    (["--n", "0"], "--n 0: must be at least 1"), (["--n", "many"], "argument --n"),
-    (["--k", "9"], "--k 9"), (["--k", "1,x"], "--k 1,x"), (["--k", "0"], "--k 0"), (["--limit", "0"], "--limit 0"),
-    (["--limit", "-3"], "--limit -3"), (["--max_new_tokens", "0"], "--max_new_tokens 0"),
-    (["--threads", "0"], "--threads"), (["--batch_size", "0"], "--batch_size 0"),
+    (["--n", "0"], "0 must be at least 1"), (["--n", "many"], "argument --n"), (["--limit", "-3"], "at least 1"),
+    (["--k", "9"], "--k 9"), (["--k", "1,x"], "--k 1,x"), (["--k", "0"], "--k 0"),
+    (["--max_new_tokens", "0"], "--max_new_tokens"), (["--threads", "0"], "--threads"),
     (["--temperature", "-1"], "--temperature -1"), (["--temperature", "nan"], "--temperature nan"),
-    (["--temperature", "0"], "say --greedy"), (["--top_p", "0"], "--top_p"),
-    (["--top_p", "1.5"], "--top_p 1.5"), (["--template", "orc"], "did you mean orz"),
-    (["--tasks", "add"], "cannot write '+' (prompt of add-test-0)"), (["--template", "chat"], "chat template"),
-    (["--max_new_tokens", "255"], "the prompt of chainsum-test-0 has 7 tokens, allowed are 1 to 1"),
+    (["--temperature", "0"], "say --greedy"), (["--top_p", "0"], "--top_p"), (["--top_p", "1.5"], "--top_p 1.5"),
+    (["--template", "orc"], "did you mean orz"), (["--template", "chat"], "this tokenizer has none"),
+    (["--template_args", "thinking"], "--template_args thinking: write name=value"),
+    (["--tasks", "countdown"], "(prompt of countdown-test-0)"),
+    (["--max_new_tokens", "255"], "the prompt of chainsum-test-0 has 7 tokens, allowed: 1 to 1"),
     (["--tasks", "no/such.jsonl"], "no such file"), (["--compare", "no/results.json"], "no/results.json")])
-def test_bad_flags(call, tmp_path, monkeypatch, flags, says):
-    monkeypatch.setattr(evaluation, "generate", None)
-    assert says in line_of(call, "--out", tmp_path / "out", *flags)
+def test_bad_flags(refused, tmp_path, monkeypatch, flags, says):
+    monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
+    assert says in refused("--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_no_checkpoint_at_all(call, run, tmp_path):
-    assert "which checkpoint?" in line_of(call, checkpoint=None)
-    assert "no such directory" in line_of(call, checkpoint=tmp_path / "nothing")
-    (tmp_path / "empty").mkdir()
-    assert "no config.json" in line_of(call, checkpoint=tmp_path / "empty")
-    shutil.copy(run / "config.json", tmp_path / "empty")
-    assert "no checkpoint yet" in line_of(call, checkpoint=tmp_path / "empty")
-    (tmp_path / "empty" / "latest").write_text("step-000009")
-    assert "step-000009" in line_of(call, checkpoint=tmp_path / "empty")
-    (tmp_path / "empty" / "config.json").write_text("{")
-    assert "not JSON" in line_of(call, checkpoint=tmp_path / "empty")
+def test_no_checkpoint_at_all(refused, run, tmp_path):
+    assert "which checkpoint?" in refused(checkpoint=None)
+    assert "no such directory" in refused(checkpoint=tmp_path / "nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "config.json" in refused(checkpoint=empty)
+    shutil.copy(run / "config.json", empty)
+    assert "no checkpoint yet" in refused(checkpoint=empty)
+    (empty / "latest").write_text("step-000009")  # deleted by the run, meanwhile
+    assert "no such directory" in refused(checkpoint=empty)
+    (empty / "config.json").write_text("{")
+    assert "not JSON" in refused(checkpoint=empty)
 
 
-@pytest.mark.parametrize("lost, says", [("tokenizer", "no tokenizer there"), ("model", "no *.safetensors here"),
-                                        ("config", "no config.json here")])
-def test_a_checkpoint_that_lacks_a_part(call, run, tmp_path, lost, says):
+@pytest.mark.parametrize("lost, says", [("tokenizer", "no tokenizer there"), ("model", "safetensors"),
+                                        ("config", "config.json")])
+def test_a_checkpoint_that_lacks_a_part(refused, run, tmp_path, lost, says):
     shutil.copytree(run / "step-000003", tmp_path / "ckpt")
     for file in (tmp_path / "ckpt").glob(f"{lost}*"):
         file.unlink()
-    assert says in line_of(call, "--tasks", "chainsum", checkpoint=tmp_path / "ckpt")
+    assert says in refused("--tasks", "chainsum", checkpoint=tmp_path / "ckpt")
 
 
-def test_bad_files(call, tmp_path):
-    for name, text, says in [("empty.jsonl", "", "line 1: the file holds no rows"),
-                             ("bad.jsonl", "{", "line 1: bad JSON"),
-                             ("gap.jsonl", '{"prompt": "1=", "answer": "1"}\n{"prompt": "2="}', "line 2: no answer"),
-                             ("long.jsonl", json.dumps({"prompt": "1" * 400, "answer": "1"}), "400 tokens")]:
-        (tmp_path / name).write_text(text)
-        assert says in line_of(call, "--tasks", tmp_path / name, "--out", tmp_path)
-    shutil.copy(tmp_path / "gap.jsonl", tmp_path / "empty.csv")
-    twins = f"{tmp_path / 'empty.jsonl'},{tmp_path / 'empty.csv'}"
-    assert "two have the same name" in line_of(call, "--tasks", twins, "--out", tmp_path)
-    (tmp_path / "results.json").write_text("{}")
-    assert "not a results.json" in line_of(call, "--compare", tmp_path / "results.json", "--out", tmp_path / "b")
-    (tmp_path / "results.json").write_text('{"results": {"aime24": {}}}')
-    assert "no result of chainsum" in line_of(call, "--compare", tmp_path / "results.json", "--out", tmp_path / "b")
-    assert f"'{tmp_path}/results.json" in line_of(call, "--out", tmp_path / "results.json" / "sub")
+def test_weights_that_are_not_finite(refused, run, tmp_path):
+    model = Model.from_pretrained(run / "step-000003")
+    with torch.no_grad():
+        model.embed_tokens.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "ckpt")
+    assert "embed_tokens" in refused("--tasks", "chainsum", checkpoint=tmp_path / "ckpt")
 
 
-# ---------------------------------------------------------------- the real command
+def test_bad_files(refused, tmp_path):
+    (tmp_path / "gap.jsonl").write_text('{"prompt": "1=", "answer": "1"}\n{"prompt": "2="}')
+    assert "gap.jsonl line 2: no answer" in refused("--tasks", tmp_path / "gap.jsonl")
+    write(tmp_path / "bad.jsonl", [{"prompt": "1=", "answer": "x" * 5000}])
+    assert "1 of 1 answers cannot be graded" in refused("--tasks", tmp_path / "bad.jsonl")
+    shutil.copy(tmp_path / "gap.jsonl", tmp_path / "gap.csv")
+    twins = f"{tmp_path / 'gap.jsonl'},{tmp_path / 'gap.csv'}"
+    assert "both would write samples_gap.jsonl" in refused("--tasks", twins)
+    other = tmp_path / "results.json"
+    for text, says in (("{}", "not a results.json"), ('{"results": {"aime24": {}}}', "no result of chainsum")):
+        other.write_text(text)
+        assert says in refused("--compare", other, "--out", tmp_path / "b")
+    assert "results.json" in refused("--out", other / "sub")
+
+
+# ---- The real command ----------------------------------------------------------------------------
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
 
 def test_the_command_itself(run, tmp_path):
-    """From another directory, with a progress bar, exit status 0; the wrong way, exit status 1 and one line."""
+    """From another directory; and no bar in a log file."""
     command = [sys.executable, str(ROOT / "eval.py"), str(run), "--limit", "4", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and "samples_chainsum: 100%" in done.stderr and "pass@8" in done.stdout, done.stderr
-    done = subprocess.run([*command, "--k", "99"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("eval.py: --k 99") and done.stderr.count("\n") == 1
+    assert done.returncode == 0 and "pass@8" in done.stdout, done.stderr
+    assert f"microscope.py {tmp_path}/samples_chainsum.jsonl" in done.stdout
+    assert "%|" not in done.stderr
+
+
+def test_an_error_cannot_move_the_cursor(refused):
+    assert refused("--k", "9\x1b[2J\r\nx").startswith("eval.py: --k 9[2J")
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(run, call, whole, tmp_path):
+def test_two_processes_write_what_one_writes(call, run, whole, tmp_path):
     """torchrun spreads the questions; also it continues what one process began."""
     text = (whole / "samples_chainsum.jsonl").read_bytes()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "samples_chainsum.jsonl").write_bytes(text[:len(text) // 3])
     for out in ("a", "b"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-                   str(ROOT / "eval.py"), str(run), "--limit", "24", "--n", "4", "--batch_size", "20",
-                   "--out", str(tmp_path / out)]
+                   str(ROOT / "eval.py"), str(run), "--limit", "24", "--n", "4", "--out", str(tmp_path / out)]
         done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count("pass@4") == 1, done.stderr
         same(whole, tmp_path / out)
