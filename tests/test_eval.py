@@ -505,11 +505,12 @@ def test_the_verdict_is_noise_below_two_standard_errors(tmp_path):
 def test_compare_on_the_command_line(call, refused, whole, tmp_path):
     flags = ("--limit", 24, "--n", 4, "--seed", 5, "--out", tmp_path / "b")
     out = call(*flags, "--compare", whole / "results.json")
+    expected = evaluation.compare(rows_of(tmp_path / "b"), 4, whole / "results.json", "chainsum")
     a, b = [results_of(d)["chainsum"]["avg@4"] for d in (tmp_path / "b", whole)]
+    assert expected["difference"] == pytest.approx(a - b) and a != b
     line = re.search(r"against .*\n.*\nchainsum +(\S+) +(\S+) +(\S+) ± (\S+) +24 +(.*)", out)
-    difference, error = float(line[3]), float(line[4])
-    assert difference == pytest.approx(100 * (a - b), abs=0.051) and a != b
-    assert line[5].startswith("noise") == (abs(difference) < 2 * error)
+    shown = [f"{100 * expected[key]:.1f}" for key in ("ours", "other", "difference", "se")]
+    assert list(line.groups()) == [*shown, expected["verdict"]]
     assert "would be overwritten" in refused(*flags, "--compare", tmp_path / "b" / "results.json")
 
 
