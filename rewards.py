@@ -239,7 +239,7 @@ def reduce_gold(gold):
 # Power towers, factorials of factorials, long sums: the parser or SymPy would not come back.
 BOMBS = re.compile(
     r"\^[^)}\]^]*\^[^)}\]^]*\^|![\s)}\]]*!|[0-9]{5}[\s)}\]]*!|\^[^()]*\)\s*!|(\|[^|]*){13}"
-    r"|\\binom\{[^{}]*(\^|[0-9]{5})|\^[({]*[0-9]{4}|![)}\]]*\^|(_[^}]*){4}|(\\log.*){5}"
+    r"|\\binom\{[^{}]*(\^|[0-9]{5})|\^[({]*[0-9]{5}|![)}\]]*\^|(_[^}]*){4}|(\\log.*){5}"
     r"|/\{?0(?![.0-9])|frac\{([^{}]|\{[^{}]*\})*\}\{0\}")  # 1/0 is not even 1/0
 TOWER = re.compile(r"\^[({]*([0-9]+)\^[({]*([0-9]+)")
 
@@ -305,6 +305,7 @@ def items(text):
         return [item._replace(name=first.name) for item in found]
     return found
 
+IMPLICIT = "[a-z].*[-+]|[-+].*[a-z]|[a-z]\\^|^[a-z]{2}$"  # x+y=1, x^2=1, xy=1
 NAME = re.compile(r"\\?[a-zA-Z]+(_\{?\w+\}?)?'*(\([^()]*\))?")
 
 def read_item(text):
@@ -350,7 +351,7 @@ def same_item(gold, pred, algebra):
         if gold.ends or pred.ends or NAME.fullmatch(gold.name) and NAME.fullmatch(pred.name):
             return False
         return same_value(*(f"{item.name}={item.parts[0]}" for item in (gold, pred)), algebra)
-    implicit = re.search("[a-z].*[-+]|[-+].*[a-z]", re.sub(r"\(.*\)", "", gold.name))
+    implicit = re.search(IMPLICIT, re.sub(r"\(.*\)", "", gold.name))
     if gold.ends != pred.ends or len(gold.parts) != len(pred.parts) or implicit and not pred.name:
         return False  # 0 is not x+y-1=0
     test = equal if gold.ends else same_value
@@ -404,6 +405,9 @@ SYMBOLS = r"""
 """.split()
 SYMBOLS = {old: new + " " * new[-1].isalpha() for old, new in zip(SYMBOLS[::2], SYMBOLS[1::2])}
 SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣⁱ₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-()nxi0123456789+-nx")
+SYMBOL = re.compile("|".join(
+    re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
+    for old in sorted(SYMBOLS, key=len, reverse=True)))
 BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13)))
 
 def symbol(found):
@@ -438,14 +442,13 @@ def rows(found):
 
 # pattern => what it becomes (␣ a space): a template, or a function above; an indented line goes on
 RULES = r"""
-^\s*\*\*(.*)\*\*\s*$ => \1
+^\s*\^(.*)\^\s*$ => \1
 ([⁰¹²³⁴-⁾ⁿˣⁱ]+) => ^{\1}
 ([₀-₋ₙₓ]+) => _{\1}
 ([√∛]) *\(([^()]*)\) => \1{\2}
 ([√∛]) *([0-9.]+|[a-zA-Z]) => \1{\2}
 √ => \\sqrt
 ∛ => \\sqrt[3]
-SYMBOLS => symbol
 # styling: 1,\!000 \left( \displaystyle $ \phantom{5}, \textbf{x} is \text{x}
 , ?\\! ?(?=[0-9]{3}) =>
 \\(?:left|right)\.|\\!|(?<!\\)\$|\\[()\[\]]|\\(?:[hv]?phantom|label|tag)\*?\s*\{[^{}]*\} =>
@@ -526,19 +529,18 @@ SYMBOLS => symbol
 (^|\\cup *|\\in *|= *)\]([^\[\]]+)\] => \1(\2]
 (^|\\cup *|\\in *|= *)\[([^\[\]]+)\[ => \1[\2)
 """
-FUNCTIONS = {"symbol": symbol, "base": base, "remainder": remainder, "repeating": repeating,
-             "rows": rows}
+FUNCTIONS = {"base": base, "remainder": remainder, "repeating": repeating, "rows": rows}
 
-def compiled(table):
+def rules(table):
     """[(pattern, what it becomes), ...]"""
-    symbols = [re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
-               for old in sorted(SYMBOLS, key=len, reverse=True)]
-    lines = re.sub(r"\n +", "", re.sub(r"\n +=>", " =>", table))
-    rules = [line.split(" =>") for line in lines.strip().split("\n") if line[0] != "#"]
-    return [(re.compile(pattern.replace("SYMBOLS", "|".join(symbols)), re.S),
-             FUNCTIONS.get(new.strip(), new.strip().replace("␣", " "))) for pattern, new in rules]
+    lines = re.sub(r"\n +", "", re.sub(r"\n +=>", " =>", table)).strip().split("\n")
+    for line in lines:
+        if not line.startswith("#"):
+            pattern, new = line.split(" =>")
+            new = new.strip().replace("␣", " ")
+            yield re.compile(pattern, re.S), FUNCTIONS.get(new, new)
 
-RULES = compiled(RULES)
+RULES = list(rules(RULES))
 SYNONYMS = {alias: line.split("|")[0] for line in r"""
 \emptyset|nosolution|nosolutions|norealsolution|norealsolutions|emptyset|theemptyset|\{\}|无解|空集
 (-\infty,\infty)|allrealnumbers|allreals|anyrealnumber|allrealx|reals|全体实数|一切实数
@@ -552,6 +554,7 @@ no|否
 @lru_cache(4096)
 def clean(text):
     """LaTeX answer without styling and final full stop, with one way to write each thing."""
+    text = SYMBOL.sub(symbol, text)
     for pattern, new in RULES:
         text = pattern.sub(new, text)
     text = text.translate(SCRIPTS).strip().rstrip(".,;:\\ ")
