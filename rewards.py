@@ -296,13 +296,13 @@ def unpack(side, other):
     return [read_item(part) for part in one.parts] if one.ends == "<<" else side
 
 def items(text):
-    found = [read_item(part) for part in split(text, r",|;|\\cup(?![a-z])")]
-    first = found[0]
-    if len(found) == 1 and first.ends == "{}":
-        return [item._replace(in_range=True, name=item.name or first.name)
-                for item in items(",".join(first.parts))]
+    found = []
+    for part in split(text, r",|;|\\cup(?![a-z])"):
+        item = read_item(part)
+        inner = items(",".join(item.parts)) if item.ends == "{}" else []
+        found += [i._replace(in_range=True, name=i.name or item.name) for i in inner] or [item]
     if not any(item.name for item in found[1:]):  # k = 1, 5, 9
-        return [item._replace(name=first.name) for item in found]
+        found = [item._replace(name=found[0].name) for item in found]
     return found
 
 IMPLICIT = "[a-z].*[-+]|[-+].*[a-z]|[a-z]\\^|^[a-z]{2}$"  # x+y=1, x^2=1, xy=1
@@ -342,7 +342,7 @@ def brackets(text):
 
 def same_item(gold, pred, algebra):
     units = {gold.unit, pred.unit} - {""}
-    if len(units) > 1 and units not in ({"°", "celsius"}, {"°", "fahrenheit"}):
+    if len(units) > 1 and units not in ({r"^{\circ}", "celsius"}, {r"^{\circ}", "fahrenheit"}):
         return False
     for one, other in ((gold, pred), (pred, gold)):
         if one.name.startswith("(") and re.fullmatch("[A-J]", other.parts[0]):
@@ -381,9 +381,9 @@ SHORT_WORDS = set("yes no odd even true none both not all any".split())
 
 def prose(text):
     """Words, not a product of letters? Beside an operator even four letters are a product."""
-    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)
+    words = re.findall(r"(?<![\\{a-zA-Z])[a-zA-Z]{2,}", text)
     known = any(len(w) > 3 or w.isupper() or w.lower() in SHORT_WORDS for w in words)
-    return bool(re.search(r"\\(text|ldots)", text)) or known and not re.search(r"[-+*/^=]", text)
+    return bool(re.search(r"\\(text|ldots)|'", text)) or known and not re.search(r"[-+*/^=]", text)
 
 
 # ---- Math: what people write for one thing -------------------------------------------------------
@@ -392,8 +392,8 @@ def prose(text):
 SYMBOLS = r"""
     − - – - ‑ - × \times ÷ / \div / · \cdot ⋅ \cdot ∙ \cdot ⁄ / ∕ / π \pi ∞ \infty ° ^{\circ} 度 ^{\circ}
     ′ ' ″ '' ’ ' ≠ \ne ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ± \pm ∓ \pm \mp \pm 、 , … \ldots ... \ldots
-    ∠ \angle △ \triangle θ \theta α \alpha β \beta γ \gamma λ \lambda μ \mu σ \sigma φ \phi ω \omega
-    Δ \Delta ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ ∶ :
+    ∠ \angle △ \triangle θ \theta α \alpha β \beta γ \gamma λ \lambda σ \sigma φ \phi ω \omega
+    Δ \Delta \Omega Ω \not= \ne ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ ∶ :
     \geqslant ≥ \lt < \gt > \neq \ne \lor , \land , \vee , \wedge , \dfrac \frac \tfrac \frac
     \cfrac \frac \degree ^{\circ} \lbrace \{ \rbrace \} \langle ( \rangle ) \lg \log_{10} \mod \bmod
     \varnothing \emptyset \dots \ldots \cdots \ldots \lvert | \rvert | \vert | \mid | \colon :
@@ -431,7 +431,7 @@ def repeating(found):
 def rows(found):
     """A matrix as a tuple of tuples, a vector as a tuple; cases and lines of equations as a list."""
     factor, kind, body = found.groups()
-    lines = [line for line in body.split(r"\\") if line.strip()]
+    lines = [line for line in re.split(r"\\\\(?:\[\w*\])?", body) if line.strip()]
     if kind[0] in "cag" and not re.search(r"&\s*[^=\s]", body):  # x &= 1
         return ",".join(lines).replace("&", "")
     if factor.strip():
@@ -445,13 +445,14 @@ RULES = r"""
 ^\s*\^(.*)\^\s*$ => \1
 ([⁰¹²³⁴-⁾ⁿˣⁱ]+) => ^{\1}
 ([₀-₋ₙₓ]+) => _{\1}
+_\{(\w)\} => _\1
 ([√∛]) *\(([^()]*)\) => \1{\2}
 ([√∛]) *([0-9.]+|[a-zA-Z]) => \1{\2}
 √ => \\sqrt
 ∛ => \\sqrt[3]
 # styling: 1,\!000 \left( \displaystyle $ \phantom{5}, \textbf{x} is \text{x}
 , ?\\! ?(?=[0-9]{3}) =>
-\\(?:left|right)\.|\\!|(?<!\\)\$|\\[()\[\]]|\\(?:[hv]?phantom|label|tag)\*?\s*\{[^{}]*\} =>
+\\(?:left|right)\.|\\!|(?<!\\)\$|(?<!\\)\\[()\[\]]|\\(?:[hv]?phantom|label|tag)\*?\s*\{[^{}]*\} =>
 \\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|underline|tiny|small|[lL]arge|bf|rm|it|limits
     |therefore|because|implies|Rightarrow|(?:text)?color\s*\{[^{}]*\})(?![a-zA-Z]) =>
 \\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|[mh]box|emph|boldsymbol|bm|vec
@@ -467,6 +468,7 @@ RULES = r"""
 ^([0-9]{1,3})\.([0-9]{3})(?:\.([0-9]{3}))?,([0-9]{1,2})(?![0-9,]) => \1\2\3.\4
 ^([0-9]{1,3})\.([0-9]{3})\.([0-9]{3})(?![0-9.]) => \1\2\3
 ^([+-]?0),(?=[0-9]{3,}$) => \1.
+(?<=[0-9]) *x *(?=10\^) => \\times
 (?<![0-9.])([0-9]+) +([0-9]+) */ *([0-9]+) => (\1+\\frac{\2}{\3})
 (?<=[0-9]) *(\\text\{)? *hundred\b => \\times10^{2}\1
 (?<=[0-9]) *(\\text\{)? *thousand\b => \\times10^{3}\1
@@ -496,9 +498,9 @@ RULES = r"""
 ([0-9]+) *\^\{\\circ\} *([0-9]+) *'(?!') => (\1+\\frac{\2}{60})^{\\circ}
 ^(.*[=0-9].*)\\approx.*$ => \1
 \\approx => =
-(?<=[^ ,])[, ]*(?:\\text\{ *)?\(?\b(?:where|for (?:all|any|every|each)|approximately|exactly|only
+(?<=[^ ,])[, ]*(?:\\text\{ *)?\(?\b(?:where|for(?: all| any| every| each| *\})|approximately|exactly|only
     |in total|total|altogether)\b.*$ =>
-(?<=[^ ,])(?:[, ]+\(?|\() *(?:\\text\{ *for *\} *)?[a-z](?:, *[a-z])* *\\in *\\?(?:mathbb|mathbf)? *
+(?<=[^ ,])(?: *,[, ]*\(?| *\(| *\\text\{ *for *\}) *[a-z](?:, *[a-z])* *\\in *(?:\\mathbb|\\text)? *
     \{?[ZNQ]\}?[^,]*$ =>
 ^(?:\\text\{)?\(?([A-J])\)?\}?$ => \1
 ^(?:\\text\{)?\(([A-J])\) *\}? *(?=[^ =(*/^+-]) => (\1)=
@@ -509,7 +511,10 @@ RULES = r"""
 ^\\text\{([^{}:]{1,40}): *([^{}]+)\}$ => \1=\2
 ^([A-Za-z][A-Za-z ]{0,20}): *(?=.) => \1=
 ^\\text\{[^{}]{0,40}\bis:? *\} *(?=.) =>
-\b(?:square|sq) +([a-z]+)\b => \1^2
+\b(?:square|sq\.?) +([a-z]+)\b => \1^2
+\b([ap])\.m\b\.? => \1m
+(?<=[0-9]) *\\mu *(?:\\text\{ *)?([a-zA-Z])\b *\}? => \\text{μ\1}
+^\\text\{([0-9][^{}]*)\}$ => \1
 \bcubic +([a-z]+)\b => \1^3
 ([a-z]{2,}) squared\b => \1^2
 ([a-z]{2,}) cubed\b => \1^3
@@ -586,7 +591,7 @@ def split(text, separator):
 # 5 pieces. Any other word behind a number makes it another answer: 5 thirds.
 UNITS = {word: unit.split()[0] for unit in r"""
     m meter metre 米 | cm centimeter centimetre 厘米 | mm millimeter millimetre 毫米 | dm decimeter 分米
-    | km kilometer kilometre 千米 公里 | nm nanometer | in inch inche | ft foot feet | yd yard | mi mile
+    | km kilometer kilometre 千米 公里 | nm nanometer | μm | μs | μg | in inch inche | ft foot feet | yd yard | mi mile
     | m^2 平方米 | cm^2 平方厘米 | km^2 平方千米 | dm^2 平方分米 | m^3 立方米 | cm^3 cc 立方厘米 | acre
     | g gram 克 | kg kilogram kilo 千克 公斤 | mg milligram | t ton tonne 吨 | lb pound | oz ounce | cup
     | l L liter litre 升 | ml mL milliliter 毫升 | gal gallon | s sec second 秒 | min minute 分钟
@@ -595,16 +600,16 @@ UNITS = {word: unit.split()[0] for unit in r"""
     | kW kilowatt | V volt 伏 | A amp ampere | Ω ohm | F farad | C coulomb | T tesla | K kelvin
     | Pa pascal | kPa | atm | eV ev | cal calorie | kcal | erg | dyne | mol mole | M molar | bit | byte
     | celsius | fahrenheit | dollar $ usd buck | cent ¢ | euro € eur | £ | ¥ | yuan 元 rmb 人民币 | yen
-    | rupee ₹ | dime | nickel | quarter | penny pennie | mod
+    | rupee ₹ | dime | nickel | penny pennie | mod
     | count unit square item piece apple orange banana cookie candy candie marble ball block toy book
     page pencil pen card coin stamp ticket bag box boxe bottle person people student child children
     man men woman women boy girl teacher friend adult player team member dog cat cow horse sheep egg
     chicken bird fish animal tree flower plant car bus buse truck bike house room chair table tile way
-    time number integer solution root point goal score vote term digit letter word side edge vertex
-    vertice face diagonal triangle circle rectangle cube angle line segment path pair set subset
+    time number integer solution root point goal vote term digit letter word side edge vertex
+    vertice face diagonal triangle circle rectangle cube angle line segment path set subset
     element value case outcome combination permutation arrangement possibility possibilitie sequence
     game match round trip step question problem slice pizza cake pie cupcake glass glasse plate shirt
-    hat color song photo picture radian rad 个 人 只 本 支 张 件 块 条 棵 名 位 次 种 元素
+    hat color song photo picture radian rad old long tall wide high deep 个 人 只 本 支 张 件 块 条 棵 名 位 次 种 元素
 """.split("|") for word in unit.split() for word in (word, word + "s")}
 ATOM = (r"(?:\\text\{(?:[^{}]|\{[^{}]*\})*\}|[a-zA-Z][a-zA-Z.]*|[¢$€£¥₹Ω\u4e00-\u9fff]+|/|\\cdot)"
         r"(?: *\^ *\{? *-?[0-9] *\}?)?")
@@ -615,7 +620,8 @@ def split_unit(text):
     """`5\\text{ km}` -> ("5", "km"); the unit is "" if there is none."""
     found = UNIT.fullmatch(MONEY.sub(r"\1\3\\text{\2}", text.strip()))
     if not found:
-        return text, "°" * text.rstrip().endswith(r"^{\circ}")
+        mark = re.search(r"(\^\{\\circ\}|\\%)\s*$", text)
+        return text, mark[1] if mark else ""
     value, tail = found[1], found[2].strip()
     unit = read_unit(tail)
     letter = re.match("[a-zA-Z](?![a-zA-Z])|mg$", tail)  # 5m is 5, but 2c is not 2, 2mg may be a force
@@ -627,7 +633,8 @@ def read_unit(text):
     text = re.sub(r"\\text|\\cdot|[{}() .\\]", " ", text)
     names = [UNITS.get(word) or UNITS.get(word.lower()) or word
              for word in re.findall(r"[^\W\d_]+|\S", text)]
-    return None if any(name.isalpha() and name not in UNITS for name in names) else "".join(names)
+    known = all(name in UNITS or not name.isalpha() for name in names)
+    return "".join(names).replace("count", "") if known else None
 
 def number(text):
     """Plain number -> exact Decimal or Fraction, else None. 1e400 is never expanded to its digits."""
