@@ -35,7 +35,7 @@ def advantages(reward, group_size, kind="grpo", length=None):
     """Rewards (B,), group after group of `group_size` samples of one prompt, to advantages (B,).
     length (B,): the tokens of each response, for reinforce_pp alone."""
     check("advantage", kind, ADVANTAGES)
-    R = reward.view(-1, group_size)
+    R = reward.view(-1, group_size)  # (groups, group_size)
     mean = R.mean(1, keepdim=True)
     # Equal rewards carry no signal: exactly 0, or the divisions below would blow up the rounding.
     flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
@@ -134,7 +134,7 @@ class Batch:
 
 def outside(b, low, high, dual_clip=None, ratio=None):
     """Where PPO stops: losers below the band or beyond the dual clip, and winners above it."""
-    ratio = b.ratio if ratio is None else ratio
+    ratio = b.ratio if ratio is None else ratio  # (B,T)
     stop = ratio < low if dual_clip is None else (ratio < low) | (ratio > dual_clip)
     losers, winners = (b.A < 0) & stop, (b.A > 0) & (ratio > high)
     b.metrics.update(clip_low=b.mean(losers * b.chosen), clip_high=b.mean(winners * b.chosen))
@@ -182,7 +182,7 @@ def psr_nsr(b, psr=0.1, nsr=1.0, eps_low=0.2, eps_high=0.2):
 @objective("winning-groups", advantage="mean")
 def wapo(b, eps=9.0):
     """WAPO (2606.16154): winners only, clipped above only. -min(ratio, 1 + eps) A"""
-    b.A = b.A * (b.seq_mean(b.A) > 0)
+    b.A = b.A * (b.seq_mean(b.A) > 0)  # whole responses win or do not
     return clip(b, 0.0, 1 + eps)
 
 # ---- 2. A band that adapts: to the probability, to the group, to the batch -----------------------
@@ -217,7 +217,7 @@ def etr(b, eps=0.2, micro=0.5, macro=0.5):
 def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
     """DCPO (2509.02333): |ratio - 1| ratio p_old <= eps, solved for the ratio: wide if unlikely."""
     low = (1 + (1 - 4 * eps_low / b.p_old).clamp(min=0).sqrt()) / 2
-    high = (1 + (1 + 4 * eps_high / b.p_old).sqrt()) / 2
+    high = (1 + (1 + 4 * eps_high / b.p_old).sqrt()) / 2  # no end of it as p_old goes to 0
     return clip(b, low, high.clamp(max=max(dual_clip or 0, 10.0)), dual_clip)
 @objective("token-mean")
 def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
@@ -238,7 +238,7 @@ def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
     """M2PO (2510.01161): the batch's band is e^-t .. e^t, t the largest with mean min(|log ratio|,
     t)^2 <= budget over the tokens that A pushes outward; at least 1 - eps_low .. 1 + eps_high."""
     outward = b.mask * (b.A * b.log_ratio > 0)
-    square = b.log_ratio.detach().clamp(-20, 20) ** 2 * outward
+    square = b.log_ratio.detach().clamp(-20, 20) ** 2 * outward  # (B,T)
     t, end = b.mask.new_tensor([0.0, 20.0])  # no |log ratio| is larger: at 20 nothing is clipped
     for _ in range(50):  # halve the interval that holds t
         middle = (t + end) / 2
@@ -264,8 +264,8 @@ def gmpo(b, eps_low=0.4, eps_high=0.4):
 @objective("token-mean")
 def ctpo(b, eps_low=0.025, eps_high=0.05, dual_clip=0.05, power=0.5):
     """CTPO (2605.07331): the ratio of the prefix up to token t, in a band of exp(+-eps t^power)."""
-    prefix = b.log_ratio.cumsum(1).clamp(max=10).exp()
-    walk = b.mask.cumsum(1).clamp(min=1) ** power
+    prefix = b.log_ratio.cumsum(1).clamp(max=10).exp()  # (B,T), finite as in gspo
+    walk = b.mask.cumsum(1).clamp(min=1) ** power  # t counts response tokens, from 1
     if dual_clip is not None:
         dual_clip = (dual_clip * walk).exp()
     low, high = (-eps_low * walk).exp(), (eps_high * walk).exp()
@@ -279,7 +279,7 @@ def vespo(b, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0):
 @objective("seq-mean-token-sum", advantage="signed")
 def topr(b):
     """TOPR (2503.14286): winners as plain REINFORCE, losers times min(product of ratios, 1)."""
-    w = b.seq_sum(b.log_ratio.detach()).clamp(max=0).exp()
+    w = b.seq_sum(b.log_ratio.detach()).clamp(max=0).exp()  # (B,1), never above 1
     return -torch.where(b.A > 0, 1, w) * b.A * b.logp
 
 # ---- 4. Another weight: capped, bent or smooth, and by another measure than the ratio ------------
@@ -303,7 +303,7 @@ def ce_gppo(b, beta_low=0.75, beta_high=1.0, eps_low=0.2, eps_high=0.2, dual_cli
     """CE-GPPO (2509.20712): GPPO, that gradient times beta_low below the band, beta_high above."""
     losers, winners = outside(b, 1 - eps_low, 1 + eps_high)
     bound = b.as_ratio(b.by_sign(beta_high * (1 + eps_high), beta_low * (1 - eps_low)))
-    ratio = torch.where(losers | winners, bound, b.ratio)
+    ratio = torch.where(losers | winners, bound, b.ratio)  # what PPO would stop keeps learning
     if dual_clip is not None:
         ratio = ratio.masked_fill((b.A < 0) & (b.ratio > dual_clip), dual_clip)
     return -ratio * b.A
@@ -335,7 +335,7 @@ def dppo_tv(b, delta_low=0.15, delta_high=0.15, cap=20.0):
 @objective("seq-mean-token-sum-norm")
 def dppo_kl(b, delta_low=0.05, delta_high=0.05, cap=20.0):
     """DPPO-KL (2602.04879): the same by the KL of two outcomes, this token or any other."""
-    others = ((1 - b.p_old + 1e-8) / (1 - b.p + 1e-8)).log()
+    others = ((1 - b.p_old + 1e-8) / (1 - b.p + 1e-8)).log()  # 1e-8: p may round to 1
     kl = (1 - b.p_old) * others - b.p_old * b.log_ratio.detach()
     return dppo(b, kl, delta_low, delta_high, cap)
 def dppo(b, moved, delta_low, delta_high, cap):
@@ -356,7 +356,7 @@ def dro(b, beta=0.1):
 # ---- 5. Which tokens may learn -------------------------------------------------------------------
 def top(score, mask, share):
     """True at each row's largest scores: the `share` of its tokens, at least one."""
-    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)
+    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)  # (rows, 1)
     rank = score.masked_fill(mask == 0, -math.inf).argsort(-1, descending=True).argsort(-1)
     return (rank < n) & (mask > 0)
 def top_of_batch(b, score, share):
