@@ -1,10 +1,10 @@
-r"""A response in, a score in [0, 1] out: verifiable rewards that a policy cannot cheat, hang or break.
+r"""A response in, a score in [0, 1] out: rewards that a policy cannot cheat, hang or break.
 
     score("math", r"... so \boxed{\frac12}", answer="0.5")                          -> 1.0
     grade("countdown", "<answer>(1+2)*8</answer>", numbers=[1, 2, 8], target=24)     -> (1.0, "ok")
 
 Tasks and their problem fields:
-    chainsum   answer="7"                     the default task: `...#7$`, $ being the end of sequence
+    chainsum   answer="7"                     the default task: `...#7$`, $ being the end
     countdown  numbers=[..], target=24        last <answer>, or last box (format="boxed")
     tableqa    answer=[..]                    last <answer>, all values in this order
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
@@ -63,7 +63,7 @@ def last_boxed(text, join=False):
     return None
 
 def last_answer(text):
-    """Content of the last <answer>...</answer>, without a \\boxed around it; "" if there is none."""
+    """Content of the last <answer>...</answer>, without a box around it; "" if there is none."""
     before, tag, inner = text.rpartition("</answer>")[0].rpartition("<answer>")
     inner = inner.partition("</answer>")[0] if tag else ""
     box = last_boxed(inner)
@@ -105,7 +105,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 def exact_value(node):
-    """Value of an arithmetic syntax tree as a Fraction; KeyError if there is anything else in it."""
+    """Value of an arithmetic syntax tree as a Fraction; KeyError if there is more in it."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     children = ast.iter_child_nodes(node)
@@ -140,14 +140,14 @@ def same_cell(text, gold):
     return text == gold or None not in (a, b) and same_number(a, b, 1e-5)
 
 def cell(text):
-    text = re.sub(r"\s+", " ", text.casefold().translate(DASHES)).strip(" '\"`").rstrip(". ")
+    text = " ".join(text.casefold().translate(DASHES).split())
+    text = text.strip(" '\"`").rstrip(". ")
     if re.fullmatch(r"\([^()]*\)", text):
         text = text[1:-1]
     return re.sub(r"^([+-]?)\\?\$(?=[0-9.])|(?<=[0-9.]) *(\\?%|percent)$", r"\1", text)
 
 def kk(response, answer):
-    """`Ann is a knight, Bob: knave` or `Knights: Ann` in any order; each person exactly once, nobody
-    else, no contradiction."""
+    """`Ann is a knight, Bob: knave`, `Knights: Ann`, ...: each person exactly once, nobody else."""
     text = re.sub(r"[*_|\"'`#{}$()]", " ", last_answer(response).casefold().translate(DASHES))
     if not text.strip():
         return "no_answer"
@@ -198,8 +198,8 @@ class Undecided(Exception):
 
 def math(response, answer, acpo_compat=False):
     """The score or status, or the pairs [(gold, pred), ...] of which computer algebra has to find
-    one equal. acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box the
-    whole response is the answer, and one of more than 30 characters is right only if identical."""
+    one equal. acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box
+    the whole response is the answer, and one of more than 30 characters must be identical."""
     golds = [gold for text in as_list(answer) for gold in as_list(reduce_gold(text))]
     pred = last_boxed(response)
     if acpo_compat:
@@ -238,20 +238,18 @@ def reduce_gold(gold):
 
 # Power towers, factorials of factorials, long sums: the parser or SymPy would not come back.
 BOMBS = re.compile(
-    r"\^[^)}\]^]*\^[^)}\]^]*\^|![\s)}\]]*!|[0-9]{5}[\s)}\]]*!|\^[^()]*\)\s*!|(\|[^|]*){13}"
-    r"|\\binom\{[^{}]*(\^|[0-9]{5})|\^[({]*[0-9]{5}|![)}\]]*\^|(_[^}]*){4}|(\\log.*){5}"
+    r"\^[^)}\]^]*\^[^)}\]^]*\^"
+    r"|\^[({]*([5-9]\^[({]*[5-9]|[0-9]\^[({]*[0-9]{2}|[0-9]{2,}\^[({]*[0-9])"
+    r"|![\s)}\]]*!|[0-9]{5}[\s)}\]]*!|\^[^()]*\)\s*!|![)}\]]*\^|\\binom\{[^{}]*(\^|[0-9]{5})"
+    r"|\^[({]*[0-9]{5}|(\|[^|]*){13}|(_[^}]*){4}|(\\log.*){5}"
     r"|/\{?0(?![.0-9])|frac\{([^{}]|\{[^{}]*\})*\}\{0\}")  # 1/0 is not even 1/0
-TOWER = re.compile(r"\^[({]*([0-9]+)\^[({]*([0-9]+)")
 
 def refused(text):
     """Is it too long, too deep or too large to be parsed? Then it is no answer to any problem."""
     text = re.sub(r"\\left|\\right|\s", "", text)
     if len(text) > MAX_CHARS or max(depths(text), default=0) > MAX_DEPTH:
         return True
-    if number(text) is not None:  # 1e400 is only text
-        return False
-    towers = [int(base[-9:]) ** min(int(top[-9:]), 99) for base, top in TOWER.findall(text)]
-    return bool(BOMBS.search(text)) or max(towers, default=0) > 10 ** 4
+    return number(text) is None and bool(BOMBS.search(text))  # 1e400 is only text
 
 def compare(gold, pred, algebra=None):
     """Do two answers say the same? Undecided if that takes `algebra(gold, pred)` and it is None."""
@@ -299,8 +297,11 @@ def items(text):
     found = []
     for part in split(text, r",|;|\\cup(?![a-z])"):
         item = read_item(part)
-        inner = items(",".join(item.parts)) if item.ends == "{}" else []
-        found += [i._replace(in_range=True, name=i.name or item.name) for i in inner] or [item]
+        if item.ends != "{}":
+            found.append(item)
+            continue
+        for inner in items(",".join(item.parts)):
+            found.append(inner._replace(in_range=True, name=inner.name or item.name))
     if not any(item.name for item in found[1:]):  # k = 1, 5, 9
         found = [item._replace(name=found[0].name) for item in found]
     return found
@@ -331,28 +332,32 @@ def inequality(terms, signs):
 def brackets(text):
     """`(1,2]` -> ("<≤", ["1", "2"]); no brackets, or only around an expression: ("", [text])."""
     text = text.strip()
-    if len(text) < 3 or text[-1] not in ")]}" or 0 in depths(text.lstrip("\\"))[:-1]:
+    opened = 0 not in depths(text.lstrip("\\"))[:-1]  # one pair around all of it
+    if len(text) < 3 or text[-1] not in ")]}" or not opened:
         return ":" * (":" in text), split(text, ":")
     if text[:2] == r"\{":
         return "{}", split(text[2:-2], "[,;]")
     parts = split(text[1:-1], "[,;]")
     if len(parts) > 1:
         return "<≤"[text[0] == "["] + "<≤"[text[-1] == "]"], parts
-    return ("", [text]) if text[0] == "[" and parts[0][:1] not in "([" else brackets(parts[0])
+    if text[0] == "[" and parts[0][:1] not in "([":
+        return "", [text]
+    return brackets(parts[0])
 
 def same_item(gold, pred, algebra):
-    units = {gold.unit, pred.unit} - {""}
-    if len(units) > 1 and units not in ({r"^{\circ}", "celsius"}, {r"^{\circ}", "fahrenheit"}):
+    if gold.unit and pred.unit and gold.unit != pred.unit:
         return False
     for one, other in ((gold, pred), (pred, gold)):
         if one.name.startswith("(") and re.fullmatch("[A-J]", other.parts[0]):
             return one.name == f"({other.parts[0]})"  # (C) 12 for C
+    if gold.ends != pred.ends or len(gold.parts) != len(pred.parts):
+        return False
     if gold.name and pred.name and gold.name != pred.name:
-        if gold.ends or pred.ends or NAME.fullmatch(gold.name) and NAME.fullmatch(pred.name):
+        if gold.ends or NAME.fullmatch(gold.name) and NAME.fullmatch(pred.name):
             return False
-        return same_value(*(f"{item.name}={item.parts[0]}" for item in (gold, pred)), algebra)
-    implicit = re.search(IMPLICIT, re.sub(r"\(.*\)", "", gold.name))
-    if gold.ends != pred.ends or len(gold.parts) != len(pred.parts) or implicit and not pred.name:
+        equations = [f"{item.name}={item.parts[0]}" for item in (gold, pred)]
+        return same_value(*equations, algebra)
+    if not pred.name and re.search(IMPLICIT, re.sub(r"\(.*\)", "", gold.name)):
         return False  # 0 is not x+y-1=0
     test = equal if gold.ends else same_value
     return all(test(g, p, algebra) for g, p in zip(gold.parts, pred.parts))
@@ -377,38 +382,39 @@ def same_value(gold, pred, algebra):
         raise Undecided
     return algebra(gold, pred)
 
-SHORT_WORDS = set("yes no odd even true none both not all any".split())
+WORD = re.compile(r"(?<![\\{a-zA-Z])([a-zA-Z]{4,}|[A-Z]{2,}|(?i:yes|no|odd|not|any))(?![a-zA-Z])")
 
 def prose(text):
     """Words, not a product of letters? Beside an operator even four letters are a product."""
-    words = re.findall(r"(?<![\\{a-zA-Z])[a-zA-Z]{2,}", text)
-    known = any(len(w) > 3 or w.isupper() or w.lower() in SHORT_WORDS for w in words)
-    return bool(re.search(r"\\(text|ldots)|'", text)) or known and not re.search(r"[-+*/^=]", text)
+    alone = WORD.search(text) and not re.search(r"[-+*/^=]", text)
+    return bool(alone or re.search(r"\\(text|ldots)|'", text))
+
 
 
 # ---- Math: what people write for one thing -------------------------------------------------------
 
 # old new old new ...
 SYMBOLS = r"""
-    − - – - ‑ - × \times ÷ / \div / · \cdot ⋅ \cdot ∙ \cdot ⁄ / ∕ / π \pi ∞ \infty ° ^{\circ} 度 ^{\circ}
-    ′ ' ″ '' ’ ' ≠ \ne ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ± \pm ∓ \pm \mp \pm 、 , … \ldots ... \ldots
-    ∠ \angle △ \triangle θ \theta α \alpha β \beta γ \gamma λ \lambda σ \sigma φ \phi ω \omega
-    Δ \Delta \Omega Ω \not= \ne ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ ∶ :
-    \geqslant ≥ \lt < \gt > \neq \ne \lor , \land , \vee , \wedge , \dfrac \frac \tfrac \frac
-    \cfrac \frac \degree ^{\circ} \lbrace \{ \rbrace \} \langle ( \rangle ) \lg \log_{10} \mod \bmod
-    \varnothing \emptyset \dots \ldots \cdots \ldots \lvert | \rvert | \vert | \mid | \colon :
-    ℝ \mathbb{R} ℤ \mathbb{Z} ℃ ^{\circ}C ℉ ^{\circ}F 或 , 和 , 与 , 且 , 及 , 约 \approx
-    ， , ； ; ： : （ ( ） ) ［ [ ］ ] ｛ { ｝ } ＝ = ＋ + － - ＜ < ＞ > ％ % ／ / ！ ! ｜ | 。 . ． .
-    ½ \frac{1}{2} ⅓ \frac{1}{3} ⅔ \frac{2}{3} ¼ \frac{1}{4} ¾ \frac{3}{4} ⅕ \frac{1}{5}
-    ⅖ \frac{2}{5} ⅗ \frac{3}{5} ⅘ \frac{4}{5} ⅙ \frac{1}{6} ⅚ \frac{5}{6} ⅛ \frac{1}{8}
-    ⅜ \frac{3}{8} ⅝ \frac{5}{8} ⅞ \frac{7}{8}
+    − - – - ‑ - × \times ÷ / \div / · \cdot ⋅ \cdot ∙ \cdot ⁄ / ∕ / π \pi ∞ \infty ° ^{\circ}
+    度 ^{\circ} ′ ' ″ '' ’ ' ≠ \ne ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ± \pm ∓ \pm \mp \pm 、 ,
+    … \ldots ... \ldots ∠ \angle △ \triangle θ \theta α \alpha β \beta γ \gamma λ \lambda
+    σ \sigma φ \phi ω \omega Δ \Delta \Omega Ω \not= \ne ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne
+    \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ ∶ : \geqslant ≥ \lt < \gt > \neq \ne \lor , \land ,
+    \vee , \wedge , \dfrac \frac \tfrac \frac \cfrac \frac \degree ^{\circ} \lbrace \{ \rbrace \}
+    \langle ( \rangle ) \lg \log_{10} \mod \bmod \varnothing \emptyset \dots \ldots \cdots \ldots
+    \lvert | \rvert | \vert | \mid | \colon : ℝ \mathbb{R} ℤ \mathbb{Z} ℃ ^{\circ}C ℉ ^{\circ}F
+    或 , 和 , 与 , 且 , 及 , 约 \approx ， , ； ; ： : （ ( ） ) ［ [ ］ ] ｛ { ｝ } ＝ = ＋ + － - ＜ <
+    ＞ > ％ % ／ / ！ ! ｜ | 。 . ． . ½ \frac{1}{2} ⅓ \frac{1}{3} ⅔ \frac{2}{3} ¼ \frac{1}{4}
+    ¾ \frac{3}{4} ⅕ \frac{1}{5} ⅖ \frac{2}{5} ⅗ \frac{3}{5} ⅘ \frac{4}{5} ⅙ \frac{1}{6}
+    ⅚ \frac{5}{6} ⅛ \frac{1}{8} ⅜ \frac{3}{8} ⅝ \frac{5}{8} ⅞ \frac{7}{8}
 """.split()
-SYMBOLS = {old: new + " " * new[-1].isalpha() for old, new in zip(SYMBOLS[::2], SYMBOLS[1::2])}
+SYMBOLS = {old: re.sub("(?<=[a-z])$", " ", new)
+           for old, new in zip(SYMBOLS[::2], SYMBOLS[1::2])}
 SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣⁱ₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-()nxi0123456789+-nx")
 SYMBOL = re.compile("|".join(
     re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
     for old in sorted(SYMBOLS, key=len, reverse=True)))
-BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13)))
+BASES = dict(zip("two three four five six seven eight nine ten eleven".split(), range(2, 12)))
 
 def symbol(found):
     return SYMBOLS[found[0]]
@@ -429,7 +435,7 @@ def repeating(found):
     return r"\frac{%d}{%d}" % (above, (10 ** len(block) - 1) * 10 ** decimals)
 
 def rows(found):
-    """A matrix as a tuple of tuples, a vector as a tuple; cases and lines of equations as a list."""
+    """A matrix as a tuple of tuples, a vector as a tuple; cases, lines of equations as a list."""
     factor, kind, body = found.groups()
     lines = [line for line in re.split(r"\\\\(?:\[\w*\])?", body) if line.strip()]
     if kind[0] in "cag" and not re.search(r"&\s*[^=\s]", body):  # x &= 1
@@ -485,7 +491,7 @@ _\{(\w)\} => _\1
 ^\((\w+), *(\w+)\) *= *\(([^,()]+)[,;]([^,()]+)\)$ => \1=\3,\2=\4
 ^\((\w+), *(\w+), *(\w+)\) *= *\(([^,()]+)[,;]([^,()]+)[,;]([^,()]+)\)$ => \1=\4,\2=\5,\3=\6
 ^([0-9.+-]+) *= *([a-zA-Z])$ => \2=\1
-# what stands beside: 5 \pmod{12}, percent, degrees, where n is odd, k \in \mathbb{Z}, (C) 12, Area: 5
+# beside it: 5 \pmod{12}, percent, degrees, where n is odd, k \in \mathbb{Z}, (C) 12, Area: 5
 (\\equiv.*)\\bmod => \1\\pmod
 ,? *\(? *\\pmod *\{?([0-9]+)\}? *\)? => \\text{mod^\1}
 \\text\{ *(?:percent\w*|pct) *\}|\b(?:percent\w*|pct)\b|(?<!\\)% => \\%
@@ -498,8 +504,8 @@ _\{(\w)\} => _\1
 ([0-9]+) *\^\{\\circ\} *([0-9]+) *'(?!') => (\1+\\frac{\2}{60})^{\\circ}
 ^(.*[=0-9].*)\\approx.*$ => \1
 \\approx => =
-(?<=[^ ,])[, ]*(?:\\text\{ *)?\(?\b(?:where|for(?: all| any| every| each| *\})|approximately|exactly|only
-    |in total|total|altogether)\b.*$ =>
+(?<=[^ ,])[, ]*(?:\\text\{ *)?\(?\b(?:where|for(?: all| any| every| each| *\})|exactly|only
+    |approximately|in total|total|altogether)\b.*$ =>
 (?<=[^ ,])(?: *,[, ]*\(?| *\(| *\\text\{ *for *\}) *[a-z](?:, *[a-z])* *\\in *(?:\\mathbb|\\text)? *
     \{?[ZNQ]\}?[^,]*$ =>
 ^(?:\\text\{)?\(?([A-J])\)?\}?$ => \1
@@ -511,6 +517,7 @@ _\{(\w)\} => _\1
 ^\\text\{([^{}:]{1,40}): *([^{}]+)\}$ => \1=\2
 ^([A-Za-z][A-Za-z ]{0,20}): *(?=.) => \1=
 ^\\text\{[^{}]{0,40}\bis:? *\} *(?=.) =>
+^([+-]?) *\\?([$€£¥₹]) *(?=[0-9.])(.*)$ => \1\3\\text{\2}
 \b(?:square|sq\.?) +([a-z]+)\b => \1^2
 \b([ap])\.m\b\.? => \1m
 (?<=[0-9]) *\\mu *(?:\\text\{ *)?([a-zA-Z])\b *\}? => \\text{μ\1}
@@ -538,8 +545,8 @@ FUNCTIONS = {"base": base, "remainder": remainder, "repeating": repeating, "rows
 
 def rules(table):
     """[(pattern, what it becomes), ...]"""
-    lines = re.sub(r"\n +", "", re.sub(r"\n +=>", " =>", table)).strip().split("\n")
-    for line in lines:
+    table = re.sub(r"\n +", "", re.sub(r"\n +=>", " =>", table))
+    for line in table.strip().split("\n"):
         if not line.startswith("#"):
             pattern, new = line.split(" =>")
             new = new.strip().replace("␣", " ")
@@ -587,44 +594,42 @@ def split(text, separator):
             start = found.end()
     return parts + [text[start:].strip()]
 
-# A unit, other ways to write it | the next one. What is counted contradicts nothing: 5 apples may be
-# 5 pieces. Any other word behind a number makes it another answer: 5 thirds.
+# A unit, other ways to write it | the next one. What is counted contradicts nothing (5 apples may
+# be 5 pieces). Any other word behind a number makes it another answer: 5 thirds.
 UNITS = {word: unit.split()[0] for unit in r"""
-    m meter metre 米 | cm centimeter centimetre 厘米 | mm millimeter millimetre 毫米 | dm decimeter 分米
-    | km kilometer kilometre 千米 公里 | nm nanometer | μm | μs | μg | in inch inche | ft foot feet | yd yard | mi mile
-    | m^2 平方米 | cm^2 平方厘米 | km^2 平方千米 | dm^2 平方分米 | m^3 立方米 | cm^3 cc 立方厘米 | acre
-    | g gram 克 | kg kilogram kilo 千克 公斤 | mg milligram | t ton tonne 吨 | lb pound | oz ounce | cup
-    | l L liter litre 升 | ml mL milliliter 毫升 | gal gallon | s sec second 秒 | min minute 分钟
-    | h hr hour 小时 时 | d day 天 日 | wk week 周 星期 | mo month 个月 月 | yr year 年 岁 | am | pm
-    | mi/h mph | km/h kph kmh | Hz hertz | N newton 牛顿 牛 | J joule 焦耳 焦 | kJ kilojoule | W watt
-    | kW kilowatt | V volt 伏 | A amp ampere | Ω ohm | F farad | C coulomb | T tesla | K kelvin
-    | Pa pascal | kPa | atm | eV ev | cal calorie | kcal | erg | dyne | mol mole | M molar | bit | byte
-    | celsius | fahrenheit | dollar $ usd buck | cent ¢ | euro € eur | £ | ¥ | yuan 元 rmb 人民币 | yen
-    | rupee ₹ | dime | nickel | penny pennie | mod
-    | count unit square item piece apple orange banana cookie candy candie marble ball block toy book
-    page pencil pen card coin stamp ticket bag box boxe bottle person people student child children
-    man men woman women boy girl teacher friend adult player team member dog cat cow horse sheep egg
-    chicken bird fish animal tree flower plant car bus buse truck bike house room chair table tile way
-    time number integer solution root point goal vote term digit letter word side edge vertex
-    vertice face diagonal triangle circle rectangle cube angle line segment path set subset
-    element value case outcome combination permutation arrangement possibility possibilitie sequence
-    game match round trip step question problem slice pizza cake pie cupcake glass glasse plate shirt
-    hat color song photo picture radian rad old long tall wide high deep 个 人 只 本 支 张 件 块 条 棵 名 位 次 种 元素
+    m meter metre 米 | cm centimeter centimetre 厘米 | mm millimeter millimetre 毫米 | dm decimeter 分米 |
+    km kilometer kilometre 千米 公里 | nm nanometer | μm | μs | μg | in inch inche | ft foot feet | yd
+    yard | mi mile | m^2 平方米 | cm^2 平方厘米 | km^2 平方千米 | dm^2 平方分米 | m^3 立方米 | cm^3 cc 立方厘米 | acre | g
+    gram 克 | kg kilogram kilo 千克 公斤 | mg milligram | t ton tonne 吨 | lb pound | oz ounce | cup | l L
+    liter litre 升 | ml mL milliliter 毫升 | gal gallon | s sec second 秒 | min minute 分钟 | h hr hour 小时
+    时 | d day 天 日 | wk week 周 星期 | mo month 个月 月 | yr year 年 岁 | am | pm | mi/h mph | km/h kph kmh |
+    Hz hertz | N newton 牛顿 牛 | J joule 焦耳 焦 | kJ kilojoule | W watt | kW kilowatt | V volt 伏 | A amp
+    ampere | Ω ohm | F farad | C coulomb | T tesla | K kelvin | Pa pascal | kPa | atm | eV ev | cal
+    calorie | kcal | erg | dyne | mol mole | M molar | bit | byte | celsius | fahrenheit | dollar $
+    usd buck | cent ¢ | euro € eur | £ | ¥ | yuan 元 rmb 人民币 | yen | rupee ₹ | dime | nickel | penny
+    pennie | mod | count unit square item piece apple orange banana cookie candy candie marble ball
+    block toy book page pencil pen card coin stamp ticket bag box boxe bottle person people student
+    child children man men woman women boy girl teacher friend adult player team member dog cat cow
+    horse sheep egg chicken bird fish animal tree flower plant car bus buse truck bike house room
+    chair table tile way time number integer solution root point goal vote term digit letter word
+    side edge vertex vertice face diagonal triangle circle rectangle cube angle line segment path
+    set subset element value case outcome combination permutation arrangement possibility
+    possibilitie sequence game match round trip step question problem slice pizza cake pie cupcake
+    glass glasse plate shirt hat color song photo picture radian rad old long tall wide high deep 个
+    人 只 本 支 张 件 块 条 棵 名 位 次 种 元素
 """.split("|") for word in unit.split() for word in (word, word + "s")}
 ATOM = (r"(?:\\text\{(?:[^{}]|\{[^{}]*\})*\}|[a-zA-Z][a-zA-Z.]*|[¢$€£¥₹Ω\u4e00-\u9fff]+|/|\\cdot)"
         r"(?: *\^ *\{? *-?[0-9] *\}?)?")
 UNIT = re.compile(rf"(.*?(?:[0-9)}}\]!]|\\pi|(?<=.)(?= *\\text)))[ (]*((?:{ATOM} *)+)\)?", re.S)
-MONEY = re.compile(r"([+-]?) *\\?([$€£¥₹]) *(?=[0-9.])(.*)")
-
 def split_unit(text):
     """`5\\text{ km}` -> ("5", "km"); the unit is "" if there is none."""
-    found = UNIT.fullmatch(MONEY.sub(r"\1\3\\text{\2}", text.strip()))
+    found = UNIT.fullmatch(text.strip())
     if not found:
         mark = re.search(r"(\^\{\\circ\}|\\%)\s*$", text)
         return text, mark[1] if mark else ""
     value, tail = found[1], found[2].strip()
     unit = read_unit(tail)
-    letter = re.match("[a-zA-Z](?![a-zA-Z])|mg$", tail)  # 5m is 5, but 2c is not 2, 2mg may be a force
+    letter = re.match("[a-zA-Z](?![a-zA-Z])|mg$", tail)  # 5m is 5, but 2c is not 2, nor is 2mg
     plain = number(value) is not None and (tail in "msghl" or "/" in tail)
     return (text, "") if unit is None or letter and not plain else (value, unit)
 
@@ -637,7 +642,7 @@ def read_unit(text):
     return "".join(names).replace("count", "") if known else None
 
 def number(text):
-    """Plain number -> exact Decimal or Fraction, else None. 1e400 is never expanded to its digits."""
+    """Plain number -> exact Decimal or Fraction, else None. 1e400 is never expanded to digits."""
     text = re.sub(r"^([+-]?)10\^", r"\g<1>1*10^", text)
     text = re.sub(r"(?<=[0-9.])(\\times|\\cdot|\*)10\^\{?([+-]?[0-9]{1,6})\}?$", r"e\2", text)
     if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]*)?", text):
@@ -650,7 +655,7 @@ def number(text):
     return None
 
 def same_number(a, b, tolerance=None):
-    """Exactly equal, or close if one of them is written with decimals (unless its exponent is huge)."""
+    """Exactly equal, or close if one is written with decimals (unless its exponent is huge)."""
     decimals = any(isinstance(v, Decimal) and v != v.to_integral_value() for v in (a, b))
     small = all(isinstance(v, Fraction) or abs(v.adjusted()) < 300 for v in (a, b))
     return a == b or decimals and small and close(Fraction(a), Fraction(b), tolerance)
@@ -692,8 +697,9 @@ def points(a, b):
     from sympy import Rational
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     for turn in range(8):
-        yield {symbol: Rational((31 + 17 * i + 7 * turn) * (-1) ** (turn >> i % 3), 29)
-               for i, symbol in enumerate(symbols)}
+        signs = [(-1) ** (turn >> i % 3) for i in range(len(symbols))]
+        yield {symbol: Rational(sign * (31 + 17 * i + 7 * turn), 29)
+               for i, (symbol, sign) in enumerate(zip(symbols, signs))}
 
 def same_everywhere(a, b):
     """Are two expressions equal wherever both are real? To 25 digits, but like decimals if one is a
@@ -719,8 +725,8 @@ def alarm(seconds):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 def worker():
-    """The child process: lines [seconds, [[gold, pred], ...]] in, lines [score, status] out. It ends
-    with its parent: its input ends, or what it writes finds no reader."""
+    """The child process: lines [seconds, [[gold, pred], ...]] in, lines [score, status] out. It
+    ends with its parent: its input ends, or what it writes finds no reader."""
     out, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
     logging.disable(logging.CRITICAL)
     if sys.platform == "linux":
@@ -733,7 +739,7 @@ def worker():
         try:
             alarm(seconds)
             for gold, pred in pairs:
-                with suppress(Exception):  # on odd input the parser and SymPy raise nearly every type
+                with suppress(Exception):  # on odd input the parser and SymPy raise nearly any type
                     score, status = max(score, float(compare(gold, pred, algebra_equal))), "ok"
         except KeyboardInterrupt:
             status = "timeout"
@@ -741,8 +747,8 @@ def worker():
         print(json.dumps([score, status]), file=out, flush=True)
 
 class Worker:
-    """Child process `python rewards.py --worker`, started on first use. Some answers never come back
-    from computer algebra: so a process, which can be killed."""
+    """Child process `python rewards.py --worker`, started on first use: computer algebra may never
+    come back, and a process can be killed."""
 
     def __init__(self):
         self.process = self.owner = None
@@ -818,22 +824,23 @@ def judge(task, response, problem):
 
 def check_gold(task, problem):
     """None, or why no response can be right: the reference is graded as if it were a response."""
-    answer = problem.get("answer")
-    golds = [str(gold) for gold in as_list(answer)]
-    if max(map(len, golds)) > MAX_CHARS:
+    if "answer" not in problem:
+        return None
+    golds = as_list(problem["answer"])
+    text = ", ".join(map(str, golds)) if task == "tableqa" else str(golds[0])
+    if len(text) > MAX_CHARS:
         return f"its reference is longer than {MAX_CHARS} characters"
-    responses = {"chainsum": f"#{answer}$", "tableqa": f"<answer>{', '.join(golds)}</answer>",
-                 "qa": f"<answer>{golds[0]}</answer>", "kk": f"<answer>{answer}</answer>"}
     if task == "math":
-        responses["math"] = r"\boxed{%s}" % as_list(reduce_gold(as_list(answer)[0]))[0]
-    if task in responses and judge(task, responses[task], problem) != (1.0, "ok"):
-        return f"no response can equal its reference {golds[0][:60]!r}"
+        text = as_list(reduce_gold(golds[0]))[0]
+    response = f"#{text}$" if task == "chainsum" else rf"<answer>{text}</answer>\boxed{{{text}}}"
+    if judge(task, response, problem) != (1.0, "ok"):
+        return f"no response can equal its reference {text[:60]!r}"
     return None
 
 class Scorer(AbstractContextManager):
-    """scorer([(task, response, problem), ...]) -> [(score, status), ...] in the same order, from any
-    thread. Computer algebra, which only math may need, is spread over `workers` processes, at most
-    `timeout` seconds for a response. In a batch that is full of bombs it gets a quarter of that after
+    """scorer([(task, response, problem), ...]) -> [(score, status), ...] in the same order, from
+    any thread. Computer algebra, which only math may need, is spread over `workers` processes, at
+    most `timeout` seconds for a response. In a batch full of bombs it gets a quarter of that after
     PATIENT time-outs, and after GIVE_UP the rest is marked "timeout" unseen."""
 
     PATIENT, GIVE_UP = 4, 16
