@@ -290,15 +290,13 @@ def from_row(row, id):
     if not isinstance(row, (dict, list)):
         raise ValueError("a row must be an object with prompt and answer; a .json file, a list")
     task = at(row, "task") or "math"
-    check(task, READ, "task")
+    check(task, ("math", "chainsum", "countdown", "tableqa", "kk", "qa"), "task")
     prompt = text_of(find(row, "prompt")).strip()
-    answer = READ[task](row if task == "countdown" else find(row, "answer"))
+    answer = answer_of(row, task)
     names = [at(row, key) for key in ("id", "group")]
     own, group = ["" if name is None else str(name) for name in names]
     text = json.dumps([prompt, answer, own, group], ensure_ascii=False)
     text.encode()  # half a surrogate pair is no text: it would stop the tokenizer
-    if task != "countdown":
-        answer = {"answer": answer}
     return Problem(prompt, answer, task, own or id, group)
 
 
@@ -339,13 +337,39 @@ def text_of(prompt):
     return prompt
 
 
+def answer_of(row, task):
+    """What the grader of `task` needs."""
+    if task == "countdown":
+        numbers, target = [parsed(at(row, key)) for key in ("numbers", "target")]
+        if not isinstance(numbers, list) or {type(x) for x in [*numbers, target]} != {int}:
+            raise ValueError("no answer: countdown needs whole numbers: numbers (a list), target")
+        form = at(row, "format") or "boxed"
+        check(form, ("boxed", "answer"), "format of countdown")
+        return {"numbers": numbers, "target": target, "format": form}
+    answer = present(find(row, "answer"))
+    if task in ("math", "chainsum"):
+        return {"answer": golds(answer)}
+    if str(answer).startswith(("[", "{")):  # a list or an object, perhaps stored as text
+        answer = present(parsed(answer))
+    roles = answer.values() if task == "kk" and isinstance(answer, dict) else [task]
+    if task == "kk" and not {"knight", "knave"}.issuperset(roles):
+        raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
+    return {"answer": answer}
+
+
+def present(answer):
+    if answer in (None, [], {}) or not str(answer).strip():
+        raise ValueError("no answer: every row needs a non-empty one")
+    return answer
+
+
 def golds(answer):
     """Of a math problem: one text, or a list of which any counts."""
     if isinstance(answer, dict):
         raise ValueError(f"no answer: a text or a number is needed, not {str(answer)[:40]}")
     if not isinstance(answer, list):
         return result(str(present(answer))).strip()
-    several = list(dict.fromkeys(golds(one) for one in present(answer)))
+    several = list(dict.fromkeys(golds(one) for one in answer))
     return several if len(several) > 1 else several[0]
 
 
@@ -360,39 +384,6 @@ def result(solution):
         if depth == 0:
             return boxes[-1][1:token.start()]
     return solution
-
-
-def present(answer):
-    if answer in (None, [], {}) or not str(answer).strip():
-        raise ValueError("no answer: every row needs a non-empty one")
-    return answer
-
-
-def listed(answer):
-    """Several values, in order (tableqa) or any of them (qa); a .csv file has a list as text."""
-    if str(present(answer)).startswith("["):
-        answer = present(parsed(answer))
-    return [present(a) for a in answer] if isinstance(answer, list) else [answer]
-
-
-def roles(answer):
-    answer = parsed(present(answer))
-    if not isinstance(answer, dict) or not {"knight", "knave"}.issuperset(answer.values()):
-        raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
-    return answer
-
-
-def puzzle(row):
-    numbers, target = [parsed(at(row, key)) for key in ("numbers", "target")]
-    form = at(row, "format") or "boxed"
-    if not isinstance(numbers, list) or {type(x) for x in [*numbers, target]} != {int}:
-        raise ValueError("no answer: countdown needs numbers (a list) and target, whole numbers")
-    check(form, ("boxed", "answer"), "format of countdown")
-    return {"numbers": numbers, "target": target, "format": form}
-
-
-READ = {"math": golds, "chainsum": golds, "tableqa": listed, "qa": listed, "kk": roles,
-        "countdown": puzzle}  # task -> what its grader needs, from a row
 
 
 def check_golds(problems, check_gold):
@@ -848,4 +839,5 @@ def first_line(error):
 
 if __name__ == "__main__":
     print(*load(sys.argv[1], n=3), sep="\n")
-    print(*demos(sys.argv[1], 3), *demos(sys.argv[1], 3, "habit"), sep="\n")
+    for phase in ("skill", "habit"):
+        print(*demos(sys.argv[1], 3, phase), sep="\n")

@@ -311,9 +311,9 @@ def table(lines):
     """Rows of strings, the header first, as aligned text."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     shown = []
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        shown.append("  ".join([first.ljust(widths[0]), *cells]))
+    for line in lines:
+        cells = map(str.rjust, line[1:], widths[1:])
+        shown.append("  ".join([line[0].ljust(widths[0]), *cells]))
     return "\n".join(shown)
 
 

@@ -288,7 +288,9 @@ def test_published_rows_are_read(row, prompt, answer):
     ({"prompt": "p", "answer": " "}, ["no answer"]), ({"prompt": "p", "answer": []}, ["no answer"]),
     ({"prompt": "p", "answer": "4", "task": "maths"}, ["maths", "did you mean math"]),
     ({"prompt": "p", "answer": {}, "task": "kk"}, ["no answer"]),
-    ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["cannot read 'Ann'"]),
+    ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["knight"]),
+    ({"prompt": "p", "answer": "[oops", "task": "qa"}, ["cannot read '[oops'"]),
+    ({"prompt": "p", "answer": "[]", "task": "qa"}, ["no answer"]),
     ({"prompt": "p", "answer": {"Ann": "liar"}, "task": "kk"}, ["knight"]),
     ({"prompt": "p", "answer": "1+2", "task": "countdown"}, ["numbers", "target"]),
     ({"prompt": "p", "task": "countdown", "numbers": [1, True], "target": 3}, ["whole numbers"]),
@@ -308,8 +310,8 @@ def test_rows_of_the_other_graders():
     assert data.from_row(countdown, "").answer == {"numbers": [1, 2], "target": 3, "format": "answer"}
     del countdown["format"]
     assert data.from_row(countdown, "").answer["format"] == "boxed"
-    for task, answer, read in [("qa", "007", ["007"]), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
-                               ("tableqa", 5, [5]), ("tableqa", [1, "x"], [1, "x"]),
+    for task, answer, read in [("qa", "007", "007"), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
+                               ("tableqa", 5, 5), ("tableqa", [1, "x"], [1, "x"]),
                                ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}), ("chainsum", 3, "3")]:
         row = {"prompt": "p", "answer": answer, "task": task, "id": 0, "group": "g"}
         assert data.from_row(row, "x") == Problem("p", {"answer": read}, task, "0", "g")
