@@ -381,7 +381,7 @@ class Block(nn.Module):
 
 # ---- The head ----
 
-LOGITS_CHUNK = 2**26  # float32 logits at once: 256 MB, of which three are alive
+LOGITS_CHUNK = 2**26  # float32 logits at once: 256 MB, of which two are alive
 
 
 def exact_logits(h, W):
@@ -407,6 +407,7 @@ class TokenLogp(torch.autograd.Function):
         step = max(1, LOGITS_CHUNK // len(W))
         for i in range(0, len(h), step):
             at = slice(i, i + step)
+            z = p = None  # let go of the chunk before, first
             z = log_probs(h[at], W, temperature)  # (n,V)
             p = z.exp()
             logp[at] = z.gather(1, targets[at, None])[:, 0]
@@ -428,6 +429,7 @@ class TokenLogp(torch.autograd.Function):
         dW = torch.zeros_like(W, dtype=grad.dtype)  # a bfloat16 sum would be rounded at each chunk
         for i in range(0, len(h), ctx.step):
             at = slice(i, i + ctx.step)
+            p = dz = None
             p = kept[0] if kept else log_probs(h[at], W, ctx.temperature).exp_()
             # d log p[target] / d logits = one-hot of the target - p
             dz = (p * -grad[at]).scatter_add_(1, targets[at, None], grad[at]).to(h.dtype)

@@ -502,8 +502,8 @@ def test_head_memory_does_not_grow_with_the_logits():
 
 @pytest.mark.slow
 def test_head_memory_at_full_size():
-    """16,384 tokens x 152,064 words, 9.3 GiB of float32 logits: less than 1 GB more."""
-    assert peak_growth(f"{HEAD}head(1, 152064)", "head(16384, 152064)") < 1000
+    """16,384 tokens x 152,064 words, 9.3 GiB of float32 logits: two chunks of 256 MB."""
+    assert peak_growth(f"{HEAD}head(1, 152064)", "head(16384, 152064)") < 650
 
 
 # ---- Checkpoints out ----
