@@ -181,14 +181,13 @@ class Batch:
         if taken:
             self.admit(taken)
         rows = self.live + max(0, len(taken) - len(over))
-        holes = over[len(taken):]
+        holes = set(over[len(taken):])
         self.live = rows - len(holes)
         dst = [row for row in holes if row < self.live]
         src = [row for row in range(self.live, rows) if row not in holes]
         if dst:
             self.decoder.move(dst, src)
-            for d, s in zip(dst, src):
-                self.request[d] = self.request[s]
+            self.request.update({d: self.request[s] for d, s in zip(dst, src)})
 
     def admit(self, slots):
         """The next waiting requests into `slots`. A prompt is prefilled into the slot of its
