@@ -773,6 +773,17 @@ def test_a_config_that_would_be_computed_wrongly_is_one_line(key, value, checkpo
     assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
 
+def test_what_smollm3_leaves_out_of_its_config():
+    config = Config.from_dict({**QWEN, "model_type": "smollm3", "num_hidden_layers": 5,
+                               "rope_theta": None, "tie_word_embeddings": None})
+    assert [bool(r) for r in config.rotary] == [True, True, True, False, True]
+    assert config.rope["rope_theta"] == 2e6
+    assert Config.from_dict({**QWEN, "rope_theta": None}).rope["rope_theta"] == 1e4
+    raw = {key: value for key, value in QWEN.items() if key != "tie_word_embeddings"}
+    assert Config.from_dict({**raw, "model_type": "smollm3"}).tie_word_embeddings
+    assert not Config.from_dict(raw).tie_word_embeddings
+
+
 def test_sliding_windows():
     with pytest.raises(ValueError, match="sliding_window = 128"):
         Config.from_dict({**QWEN, "use_sliding_window": True, "sliding_window": 128})
