@@ -40,12 +40,29 @@ def test_the_whole_of_it_at_toy_size(tmp_path):
     assert found["decode"]["rows"] == gpu_check.PROMPTS * gpu_check.SAMPLES
 
 
-@pytest.mark.slow
-def test_what_fails_is_named_and_the_rest_goes_on(tmp_path):
-    code, said, found = start(tmp_path, "--loss", "nonsense")  # fit and train read train.py's flags
-    assert code == 1 and set(found["failed"]) == {"fit", "train"}
-    assert "nonsense" in said[-1] and "train (" in said[-1]
-    assert set(NUMBERS["decode"]) <= set(found["decode"])
+CHILD = """
+import json, sys
+part = sys.argv[2]
+if part == "decode":
+    sys.exit("a line before\\nOutOfMemoryError: decode")
+print("something else")
+print(json.dumps({"name": part, "GiB": 1.0}))
+"""
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    """With children that say numbers, or fail: decoding here, and tests, as there are none."""
+    script = tmp_path / "experiments/gpu_check.py"
+    script.parent.mkdir()
+    script.write_text(CHILD)
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    found = gpu_check.check(tmp_path / "found.json", [])
+    assert set(found["failed"]) == {"tests", "decode"}
+    assert found["failed"]["decode"] == "OutOfMemoryError: decode" and found["decode"] == {}
+    assert found["mismatch"] == {"name": "mismatch", "GiB": 1.0}
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "failed: tests (" in last and "decode (OutOfMemoryError: decode)" in last
 
 
 @pytest.mark.slow
@@ -54,11 +71,6 @@ def test_two_ranks(tmp_path):
     code, said, found = start(tmp_path, python=torchrun)
     assert code == 0 and found["failed"] == {}
     assert sum(line.startswith("decode ") for line in said) == len(found["decode"])  # one speaks
-
-
-def test_what_a_child_says_of_its_failure(monkeypatch):
-    numbers, reason = gpu_check.child("decode", 0, ["--fit", '{"shape": "nonsense"}'])
-    assert numbers == {} and "nonsense" in reason and "\n" not in reason
 
 
 def test_the_worst_of_all_ranks():
