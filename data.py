@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from fractions import Fraction
 from functools import cache
-from itertools import combinations_with_replacement, permutations, product
+from itertools import combinations_with_replacement, islice, permutations, product
 from pathlib import Path
 
 
@@ -218,11 +218,15 @@ def generate(name, split, n, seed):
 
 
 def draw(name, rng, split):
-    """(key, prompt, answer) of that split: one key in eight is held out."""
+    """(key, prompt, answer) of that split; one key in eight is held out."""
     while True:
         key, prompt, answer = TASKS[name].make(rng)
-        if (zlib.crc32(key.encode()) % 8 == 0) == (split == "test"):
+        if split_of(key) == split:
             return key, prompt, answer
+
+
+def split_of(key):
+    return "train" if zlib.crc32(key.encode()) % 8 else "test"
 
 
 def demos(name, n, phase="skill", seed=0):
@@ -238,8 +242,7 @@ def demos(name, n, phase="skill", seed=0):
 
 
 def load_gym(name, split, n, seed, args):
-    """Problems of a reasoning-gym dataset. Problem i comes of the random seed `first + i`; small
-    worlds have so few problems that some are in both splits all the same."""
+    """Problems of a reasoning-gym dataset. The checksum of the question decides the split."""
     try:
         import reasoning_gym
     except ImportError:
@@ -248,13 +251,14 @@ def load_gym(name, split, n, seed, args):
     check(dataset, sorted(reasoning_gym.factory.DATASETS), "dataset of reasoning-gym")
     if dataset in RUNS_ANSWERS:
         raise ValueError(f"{name}: its scorer runs what the model wrote as Python; choose another")
-    first = 10**6 * seed + (2 * 10**9 if split == "test" else 0)
+    first = 10**6 * seed + (2 * 10**9 if split == "test" else 0)  # entry i is of seed `first + i`
     try:
-        entries = list(reasoning_gym.create_dataset(dataset, seed=first, size=n, **args))
+        entries = reasoning_gym.create_dataset(dataset, seed=first, size=100 * n, **args)
     except (TypeError, ValueError, AssertionError) as e:
         raise ValueError(f"{name} cannot use the arguments {args}: {first_line(e)}") from None
+    entries = (entry for entry in entries if split_of(entry["question"]) == split)
     problems = []
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(islice(entries, n)):
         answer = {"name": dataset, "config": args, "entry": json.dumps(entry, default=str)}
         id = f"rg-{dataset}-{split}-s{seed}-{i}"
         problems.append(Problem(entry["question"], answer, "rg", id))

@@ -524,6 +524,8 @@ def test_reasoning_gym_splits_and_arguments():
     others = data.load("rg:chain_sum", "test", 60) + data.load("rg:chain_sum", "train", 60, seed=1)
     assert not {p.prompt for p in train} & {p.prompt for p in others}
     assert len({p.id for p in train + others}) == 180
+    small = [{p.prompt for p in data.load("rg:prime_factorization", split, 300)} for split in ("train", "test")]
+    assert small[0] and small[1] and not small[0] & small[1]  # about 1,000 numbers: a seed is not enough
     long = {"min_terms": 8, "max_terms": 8}
     p = data.load("rg:chain_sum", "test", 1, args=long)[0]
     entry = json.loads(p.answer["entry"])
