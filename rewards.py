@@ -287,7 +287,8 @@ def equal(gold, pred, algebra):
 def unpack(side, other):
     """A tuple (or ACD) as the list of its parts, if the other side is a plain list."""
     one = side[0]
-    if len(side) > 1 or any(item.in_range for item in [one, *other]):
+    same_name = other[0].name and all(item.name == other[0].name for item in other)  # x = 1, 2
+    if len(side) > 1 or same_name or any(item.in_range for item in [one, *other]):
         return side
     if re.fullmatch("[A-J]+", one.parts[0]):
         return [read_item(letter) for letter in one.parts[0]]
