@@ -6,7 +6,7 @@
     python experiments/microscope.py runs/default/samples_chainsum.jsonl   # eval.py's: no weights
 
 A few groups are sampled, and the model takes K updates, each on all of them. Before each step
-losses.policy_loss runs with every objective, and autograd says what weight w it gives each token:
+losses.policy_loss runs with each objective, and autograd says what weight w it gives each token:
 grad loss = -Agg(w grad log pi). The page only shows. Any flag of train.py may follow; those of a
 run are known.
 """
@@ -28,7 +28,7 @@ import losses
 import rewards
 import train
 
-MOST = 12_000_000  # weights in a page: with more, the browser gets slow
+MOST = 8_000_000  # weights in a page, 4 bytes each
 FIRST = ("acpo", "grpo", "gspo", "cispo", "kl3", "dapo", "sapo")  # kept where not all fit
 NOT, UPPER, LOWER, DUAL_CLIP, LEFT_OUT, NO_ADVANTAGE = range(6)  # what made a weight 0
 
@@ -80,8 +80,8 @@ def set_up(flags) -> train.Run:
 def what_fits(flags, tokens, updates) -> tuple[list[str], list[int]]:
     """(objectives, updates) whose weights a page can hold; updates are thinned out first."""
     names = list(dict.fromkeys([flags.loss, *FIRST, *losses.OBJECTIVES]))
-    count = min(updates, max(2, MOST // (tokens * len(names))))
-    names = names[:max(2, MOST // (tokens * count))]
+    count = min(updates, max(4, MOST // (tokens * len(names))))
+    names = names[:max(1, MOST // (tokens * count))]
     looks = torch.linspace(1, updates, count).round().int().tolist()
     return [name for name in losses.OBJECTIVES if name in names], looks
 

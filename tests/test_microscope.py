@@ -303,6 +303,7 @@ def test_hostile_text_stays_text(tmp_path):
     template = (microscope.Path(microscope.__file__).with_suffix(".html")).read_text()
     for tag in ("<script", "</script", "<!--", "<img"):
         assert page.read_text().lower().count(tag) == template.lower().count(tag)
+    assert template.count("__DATA__") == 1
     held = held_by(page)
     assert held["groups"][0]["prompt"] == held["groups"][0]["responses"][0]["tokens"][0] == HOSTILE
     assert [r["kind"] for g in held["groups"] for r in g["responses"]] == [
