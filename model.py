@@ -642,6 +642,7 @@ def replace_directory(aside: Path, directory: Path) -> None:
 def write_text(path, text) -> None:
     """A small file, whole or as it was, also after a power cut."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)  # a link planted there would lead to another file
     aside.write_text(text)
     flush(aside)
     aside.replace(path)
@@ -658,10 +659,10 @@ def flush(path) -> None:
 
 
 def checksums(directory) -> dict[str, str]:
-    """{path in it: sha256} of every file but state.json, which holds them."""
+    """{path in it: sha256} of every file but checksums.json, which holds them."""
     found = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != "state.json":
+        if path.is_file() and path.name != "checksums.json":
             digest = hashlib.sha256()
             with open(path, "rb") as f:
                 while block := f.read(2**20):
@@ -671,8 +672,11 @@ def checksums(directory) -> dict[str, str]:
 
 
 def damaged(directory) -> str:
-    """The first file that is not as resume/state.json has it, as a line; "" if all are."""
-    then = read_json(directory / "resume/state.json").get("checksums")
+    """The first file that is not as resume/checksums.json has it, as a line; "" if all are."""
+    try:
+        then = read_json(directory / "resume/checksums.json")
+    except (ValueError, OSError) as e:
+        return str(e)
     now = checksums(directory)
     for name in then:
         if now.get(name) != then[name]:

@@ -42,8 +42,8 @@ from tqdm import tqdm
 import data
 import losses
 import rewards
-from model import (Model, attention_kernel, checksums, damaged, pack, read_json, read_tensors,
-                   replace_directory, write_tensors, write_text)
+from model import (Model, attention_kernel, checksums, damaged, find_checkpoint, flush, pack,
+                   read_json, read_tensors, replace_directory, write_tensors, write_text)
 from rollout import Rollout, generate
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
@@ -123,9 +123,9 @@ class Flags:
     template: str = flag("auto", TEMPLATES)
     template_args: tuple = flag((), "for chat templates, as enable_thinking=false")
 
-    steps: int = flag(100, "rollouts, each followed by --updates gradient steps")
-    prompts: int = flag(32, "questions per step")
-    samples: int = flag(16, "responses per question: the group")
+    steps: int = flag(100, "rollouts, each followed by --updates gradient steps", most=999_999)
+    prompts: int = flag(32, "questions per step", most=2**20)
+    samples: int = flag(16, "responses per question: the group", most=2**20)
     updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups")
     epochs: int = flag(1, "passes over each rollout")
     max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
@@ -159,23 +159,24 @@ class Flags:
     kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: 60 %% of the free GPU memory, "
                           "2 GiB on CPU)")
 
-    width: int = flag(64, "hidden size of the new small model")
-    layers: int = flag(2, "layers of the new small model")
+    width: int = flag(64, "hidden size of the new small model", most=2**14)
+    layers: int = flag(2, "layers of the new small model", most=2**10)
     skill_steps: int = flag(500, "warm start: steps on demonstrations that work things out "
-                            "(0: no warm start at all)", least=0)
-    habit_steps: int = flag(100, "warm start: steps on demonstrations that guess", least=0)
+                            "(0: no warm start at all)", least=0, most=10**5)
+    habit_steps: int = flag(100, "warm start: steps on demonstrations that guess", least=0,
+                            most=10**5)
 
     seed: int = flag(0, "of data order, sampling and the new model", most=2**20)
     out: str = flag("", "run directory (default: runs/default, or the next free runs/default-N)")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint")
     resume_from: str = flag("", "with --resume: from this checkpoint instead, as step-000100")
     eval_every: int = flag(10, "steps between held-out evaluations")
-    eval_problems: int = flag(512, "held-out problems, one sampled response each")
+    eval_problems: int = flag(512, "held-out problems, one sampled response each", most=2**20)
     save_every: int = flag(50, "steps between checkpoints; the last is always saved")
     keep: int = flag(2, "newest checkpoints kept")
-    threads: int = flag(1, "CPU threads: more than are free is far slower than one")
+    threads: int = flag(1, "CPU threads: more than are free is far slower than one", most=2**10)
     timeout: int = flag(20, "minutes until a rank that hangs ends the others; longer than the "
-                        "longest rollout")
+                        "longest rollout", most=10**6)
 
     def hyperparameters(self) -> dict:
         return data.parse_args(self.loss_args, "--loss_args")
@@ -553,8 +554,14 @@ class Log:
     def write(self, metrics) -> None:
         metrics = {k: v if is_finite(v) else None for k, v in metrics.items()}  # JSON has no NaN
         self.history.append(metrics)
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        with naming(self.file.name):
+            try:
+                self.file.write(json.dumps(metrics) + "\n")
+                self.file.flush()
+            except OSError:
+                with suppress(OSError):
+                    self.file.close()  # else Python tries once more when it ends, and complains
+                raise
         shown = metrics | {"eval": (self.evals() or [None])[-1]}
         text = " ".join(f"{k} {shown[k]:.3g}" for k in SHOWN if shown[k] is not None)
         self.bar.set_postfix_str(text, refresh=False)
@@ -570,6 +577,15 @@ class Log:
 
     def evals(self) -> list[float]:
         return [m["eval"] for m in self.history if m["eval"] is not None]
+
+
+@contextmanager
+def naming(path):
+    """The error of a full disk says which file did not fit."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
 
 
 def is_finite(value) -> bool:
@@ -613,7 +629,12 @@ def save(run) -> None:
     """out/step-000120: a Hugging Face checkpoint, and in resume/ what else it takes to go on. Each
     file is flushed to the disk before the directory gets its name, and `latest` is written last:
     after a kill or a power cut, `latest` names a checkpoint that is whole."""
-    name = f"step-{run.step:06d}"
+    with naming(run.out / f"step-{run.step:06d}"):
+        write_checkpoint(run, f"step-{run.step:06d}")
+    barrier()
+
+
+def write_checkpoint(run, name) -> None:
     aside = run.out / f".{name}"
     run.model.save_pretrained(aside, compute_dtype(), write=MAIN)
     if MAIN:
@@ -621,21 +642,26 @@ def save(run) -> None:
     write_tensors(aside / "resume", trained_state(run), torch.float32, write=MAIN)
     if MAIN:
         os.fsync(run.log.file.fileno())  # no checkpoint without the metrics of its steps
-        state = {"step": run.step, "position": run.position, "checksums": checksums(aside)}
-        write_text(aside / "resume/state.json", json.dumps(state, indent=1))
+        state = {"step": run.step, "position": run.position}
+        write_text(aside / "resume/state.json", json.dumps(state))
+        write_text(aside / "resume/checksums.json", json.dumps(checksums(aside), indent=1))
         replace_directory(aside, run.out / name)
         write_text(run.out / "latest", name)
         for old in checkpoints(run.out, until=run.step)[:-run.flags.keep]:
             shutil.rmtree(old)
-    barrier()
 
 
 def restore(run, checkpoint) -> None:
     """The inverse of save(), for any number of ranks. Safetensors and JSON alone: the run directory
     of a stranger cannot run code."""
     state = read_json(checkpoint / "resume/state.json")
-    read_tensors(sorted((checkpoint / "resume").glob("*.safetensors")), trained_state(run))
-    run.step, run.position = state["step"], state["position"]
+    step, position = state.get("step"), state.get("position")
+    if step != int(checkpoint.name[5:]) or type(position) is not int or position < 0:
+        raise ValueError(f"--resume: {checkpoint}/resume/state.json has not the numbers of this "
+                         "checkpoint; choose another with --resume_from")
+    files = [p for p in (checkpoint / "resume").glob("*.safetensors") if p.is_file()]
+    read_tensors(sorted(files), trained_state(run))
+    run.step, run.position = step, position
 
 
 def trained_state(run) -> dict[str, Tensor]:
@@ -656,7 +682,7 @@ def checkpoints(out, until=10**6) -> list[Path]:
     """The whole names of checkpoints of run `out` up to step `until`, oldest first. Directories of
     any other name are somebody else's, and never touched."""
     found = [p for p in out.glob("step-*") if re.fullmatch(r"step-\d{6}", p.name)]
-    found = [p for p in found if (p / "resume/state.json").is_file() and not p.is_symlink()]
+    found = [p for p in found if (p / "resume").is_dir() and not p.is_symlink()]
     return sorted(p for p in found if int(p.name[5:]) <= until)
 
 
@@ -684,14 +710,31 @@ def checkpoint_to_resume(out, wanted) -> Path | None:
 def history_until(out, step) -> list[dict]:
     """The metrics up to `step`; the lines after it, of steps that will be made again, leave the
     file. The evaluation that was only made because a shorter run ended at `step` goes too."""
-    path, every = out / "metrics.jsonl", read_json(out / "config.json")["eval_every"]
-    text = path.read_text() if path.is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    lines = [m for m in lines if m["step"] <= step]
-    if lines and 1 < step == lines[-1]["step"] and step % every:
+    path, every = out / "metrics.jsonl", read_json(out / "config.json").get("eval_every", 1)
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    written = text.splitlines()[:step]
+    lines = [metrics_of(line) for line in written]
+    for number in range(1, step + 1):
+        if number > len(lines) or lines[number - 1].get("step") != number:
+            raise ValueError(f"--resume: {path} line {number} is not what step {number} wrote; put "
+                             f"it back, or start a new run with --model {out}")
+    if step > 1 and step % int(every):
         lines[-1]["eval"] = None
     write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
     return lines
+
+
+def metrics_of(line) -> dict:
+    """What a line of metrics.jsonl says: numbers of a sane size and nulls; {} for anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict) or not found.keys() >= set(METRICS):
+        return {}
+    values = [value for value in found.values() if value is not None]
+    sane = all(type(v) in (int, float) and -1e30 < v < 1e30 for v in values)
+    return found if sane else {}
 
 
 # ---- Setting up --------------------------------------------------------------------------------
@@ -721,14 +764,26 @@ def set_up(flags) -> Run:
               "a larger --steps goes on from there")
         sys.exit(0)
     barrier()  # nobody reads any more what is cut now
-    history = history_until(out, run.step) if MAIN and flags.resume else []
-    if MAIN:  # from here on the directory holds a run
-        kept = {**dataclasses.asdict(flags), "resume": False, "resume_from": ""}
-        write_text(out / "config.json", json.dumps(kept, indent=1))
+    history = []
+    if MAIN:
+        with naming(out):
+            history = begin(run, checkpoint)
         introduce(run)
     barrier()
     run.log = Log(flags, out, history)
     return run
+
+
+def begin(run, checkpoint) -> list[dict]:
+    """From here on the directory holds this run, and the metrics so far, which it returns."""
+    flags, history = run.flags, []
+    if checkpoint:  # a kill from here on must not bring back a later one, as its metrics go now
+        write_text(run.out / "latest", checkpoint.name)
+    if flags.resume:
+        history = history_until(run.out, run.step)
+    kept = {**dataclasses.asdict(flags), "resume": False, "resume_from": ""}
+    write_text(run.out / "config.json", json.dumps(kept, indent=1))
+    return history
 
 
 def introduce(run) -> None:
@@ -747,47 +802,68 @@ def introduce(run) -> None:
 
 def open_run(flags) -> Path:
     """The run directory, locked. A new run never takes one that holds a run already."""
-    if flags.out:
-        out = Path(flags.out)
-        if not flags.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl")):
-            raise ValueError(f"--out {out} holds a run already: choose another directory, or "
-                             "continue it with --resume")
-        lock(out)
-        return out
-    for number in range(1, 10**6):
-        out = Path("runs/default" if number == 1 else f"runs/default-{number}")
-        if not (out / "config.json").exists():
-            with suppress(BlockingIOError):  # a run that is just being set up
-                lock(out)
-                return out
+    number = 1
+    while True:
+        out = Path(flags.out or ("runs/default" if number == 1 else f"runs/default-{number}"))
+        try:
+            lock(out, new=not flags.resume)
+            return out
+        except (BlockingIOError, FileExistsError):  # in use, or being set up just now
+            if flags.out:
+                raise
+        number += 1
 
 
 LOCKS = []  # open files: a lock goes with its process, however that ends
+LEFT_BY_KILLED_RUNS = r"\.+(step-\d{6}|curves|latest|config|metrics)(\..*)?"
 
 
-def lock(out) -> None:
-    """Claim directory `out` for this process; BlockingIOError names the process that has it."""
+def lock(out, new) -> None:
+    """Claim directory `out` for this process. Raises BlockingIOError where another one has it, and
+    FileExistsError where a new run finds a run."""
+    refuse_taken(out, new)
     try:
+        missing = [p for p in (out, *out.parents) if not p.exists()]
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+")
+        for directory in missing:  # a power cut must not take the directory of a flushed checkpoint
+            flush(directory.parent)
+        file = open_lock(out / ".lock")
+    except BlockingIOError as e:
+        raise BlockingIOError(f"--out {out}: {e}; wait for it, or choose another "
+                              "directory") from None
     except OSError as e:
         raise ValueError(f"--out {out}: cannot write there ({e.strerror})") from None
+    refuse_taken(out, new)  # again: another run may have come and gone since
+    LOCKS.append(file)
+    for left in out.iterdir():
+        if re.fullmatch(LEFT_BY_KILLED_RUNS, left.name):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def refuse_taken(out, new) -> None:
+    taken = any(os.path.lexists(out / name) for name in ("config.json", "metrics.jsonl", "latest"))
+    if new and (taken or checkpoints(out)):
+        raise FileExistsError(f"--out {out} holds a run already: choose another directory, or "
+                              "continue it with --resume")
+
+
+def open_lock(path, wait=False):
+    """A file that no other process has locked while this one keeps it open; it says who that is."""
+    nofollow = getattr(os, "O_NOFOLLOW", 0)  # a link planted there would empty another file
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | nofollow, 0o644), "r+")
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except ImportError:  # Windows: no lock
         pass
     except BlockingIOError:
-        file.seek(0)
-        owner = file.read(20).strip()
-        raise BlockingIOError(f"--out {out}: process {owner} is at work there; wait for it, or "
-                              "choose another directory") from None
+        raise BlockingIOError(f"process {file.read(20).strip()} is at work there") from None
+    if not os.fstat(file.fileno()).st_nlink:  # removed by the one before, as its start failed
+        raise BlockingIOError("another process was at work there")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    LOCKS.append(file)
-    for left in [*out.glob(".*step-*"), *out.glob(".curves.png")]:  # of a run that was killed
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return file
 
 
 def load_model(source, flags) -> Model:
@@ -874,18 +950,25 @@ def small_model(flags) -> Path:
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = Path("runs/warmstart") / digest
     if MAIN and not path.is_dir():
-        model = Model.from_scratch(config, flags.seed, DEVICE)
-        if flags.skill_steps:
-            warm_start(model, tokenizer, flags)
-        aside = path.with_name(f".{digest}.{os.getpid()}")
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        try:
-            aside.rename(path)
-        except OSError:  # another first run was faster: its model is the same one
-            shutil.rmtree(aside)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_lock(path.with_suffix(".lock"), wait=True):  # of first runs at once, one makes it
+            if not path.is_dir():
+                with naming(path):
+                    make_small_model(path, config, tokenizer, flags)
     barrier()
     return path
+
+
+def make_small_model(path, config, tokenizer, flags) -> None:
+    for left in path.parent.glob(f".*{path.name}*"):  # by one that was killed
+        shutil.rmtree(left)
+    model = Model.from_scratch(config, flags.seed, DEVICE)
+    if flags.skill_steps:
+        warm_start(model, tokenizer, flags)
+    aside = path.with_name(f".{path.name}")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    replace_directory(aside, path)
 
 
 def warm_start(model, tokenizer, flags) -> None:
@@ -956,7 +1039,8 @@ class StopSignal:
     def __enter__(self):
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        self.before = {s: signal.signal(s, self.nothing) for s in self.SIGNALS}
+        heard = [s for s in self.SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # as by nohup
+        self.before = {s: signal.signal(s, self.nothing) for s in heard}
         signal.set_wakeup_fd(self.writer)  # a byte for each signal, written at once
         threading.Thread(target=self.wait, daemon=True).start()
         return self
@@ -981,7 +1065,7 @@ class StopSignal:
 
 
 class Pipe:
-    """A stream whose reader may die (`| tee`) without costing the run a step."""
+    """A stream whose reader, terminal or disk may go without costing the run a step."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -990,11 +1074,11 @@ class Pipe:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             return self.stream.write(text)
 
     def flush(self):
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self.stream.flush()
 
 
@@ -1061,7 +1145,7 @@ def flags_of_run(out) -> list[str]:
     saved, argv = read_json(out / "config.json") | {"out": str(out), "resume": True}, []
     for f in dataclasses.fields(Flags):
         value = saved.get(f.name, f.default)
-        argv += [f"--{f.name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        argv += [f"--{f.name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
     return argv
 
 
@@ -1106,9 +1190,8 @@ def fill_in(flags) -> None:
         demos = data.demos(flags.data, 256, "skill") + data.demos(flags.data, 256, "habit")
         flags.max_new_tokens = 2 * max(len(response) for _, response in demos)
     flags.max_new_tokens = flags.max_new_tokens or 1024
-    latest = Path(flags.model) / "latest"
-    if flags.model and latest.is_file():  # a run: its newest checkpoint now, also after a resume
-        flags.model = str(latest.parent / latest.read_text().strip())
+    if flags.model and (Path(flags.model) / "latest").is_file():
+        flags.model = str(find_checkpoint(flags.model))  # a run's newest now, also after a resume
 
 
 def main() -> None:
@@ -1154,7 +1237,7 @@ def say_goodbye(run) -> None:
 
 def fail(why, flags=None) -> str:
     """The last line of a run that failed. A new one that has not done a step leaves no directory."""
-    if LOCKS and (Path(flags.out) / "latest").is_file():
+    if LOCKS and (Path(flags.out) / "latest").is_file() and "--resume" not in why:
         why += f"; what was saved is whole: go on with --resume --out {flags.out}"
     elif LOCKS and not flags.resume:
         with suppress(OSError):
@@ -1164,7 +1247,8 @@ def fail(why, flags=None) -> str:
         with suppress(OSError):
             (Path(flags.out) / ".lock").unlink()
             Path(flags.out).rmdir()  # fails if there is something in it
-    return f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why}"
+    why = "".join(c if c.isprintable() else " " for c in why)  # a stranger's file may hold escapes
+    return f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why:.2000}"
 
 
 if __name__ == "__main__":

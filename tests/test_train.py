@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +29,21 @@ from rollout import Rollout
 ROOT = Path(__file__).parent.parent
 # The smallest model that guesses in the right form: one group of eight in two carries signal.
 TINY = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8 --updates 2
---eval_problems 8 --steps 2 --max_new_tokens 6 --lr 0.003""".split()
+--eval_problems 8 --steps 2 --max_new_tokens 6 --lr 0.003 --warmup 3""".split()
 TIMING = {"rollout_tps", "update_tps", "seconds"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_questions():
+    """512 instead of 8192, which cost half a second in each run."""
+    real = data.load
+
+    def load(name, split="train", n=None, **kw):
+        few = 512 if name in data.TASKS else None
+        return real(name, split, n or few, **kw)
+    data.load = load
+    yield
+    data.load = real
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +52,25 @@ def warm(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("warm")
     before = os.getcwd()
     os.chdir(cwd)
-    train.small_model(train.parse(TINY))
+    data.load_tokenizer(train.small_model(train.parse(TINY)))  # imports what every child needs
     os.chdir(before)
     return cwd
+
+
+@pytest.fixture(scope="session")
+def whole(warm):
+    """Four steps that nothing happens to: every run that is stopped, hurt or cut must repeat it."""
+    finish(start(warm, *TINY, "--steps", 4, "--save_every", 1, "--out", "whole"), cwd=warm)
+    assert_learned(warm / "whole")
+    return warm / "whole"
+
+
+@pytest.fixture
+def half(run, warm, whole):
+    """Its first two steps, as directory r."""
+    if not (warm / "half").exists():
+        finish(start(warm, *TINY, "--save_every", 1, "--out", "half"), cwd=warm)
+    shutil.copytree(warm / "half", "r")
 
 
 @pytest.fixture
@@ -155,20 +185,20 @@ def test_the_checkpoint_loads_in_transformers(learned):
 
 @pytest.mark.parametrize("name", losses.OBJECTIVES)
 def test_every_loss_runs(run, name):
-    run(*TINY, "--loss", name, "--out", "r")
+    run(*TINY, "--steps", 1, "--loss", name, "--out", "r")
     assert all(m["skipped"] == 0 for m in metrics("r"))
     assert_learned("r")
 
 
 @pytest.mark.parametrize("flags", [
-    "--samples 1 --advantage signed", "--prompts 1 --samples 16", "--max_new_tokens 3",
+    "--samples 1 --advantage signed", "--prompts 1 --samples 16 --steps 3", "--max_new_tokens 3",
     "--updates 48", "--updates 5", "--tokens_per_microbatch 1", "--epochs 2", "--temperature 0.7",
-    "--kl_beta 0.1", "--recompute", "--warmup 5", "--loss_args alpha=2 dual_clip=None",
+    "--kl_beta 0.1", "--recompute", "--loss_args alpha=2 dual_clip=None",
     "--acpo_stats micro --tokens_per_microbatch 40", "--old_logp trainer", "--clip_norm 0",
     "--loss wapo --advantage rloo --agg token-mean", "--dynamic_sampling 2",
     "--overlong_buffer 3", "--mask_truncated"])
 def test_edges_run(run, flags):
-    run(*TINY, *flags.split(), "--out", "r")
+    run(*TINY, "--steps", 1, *flags.split(), "--out", "r")
     assert all(m["sampler_kl"] < 1e-6 and m["skipped"] == 0 for m in metrics("r"))
     assert_learned("r")
 
@@ -176,7 +206,7 @@ def test_edges_run(run, flags):
 @pytest.mark.parametrize("task", data.TASKS)
 def test_every_procedural_task_runs(run, task):
     """From its own tokenizer, written and read back, to sampling and grading."""
-    run(*TINY, "--data", task, "--skill_steps", 2, "--habit_steps", 1, "--out", "r")
+    run(*TINY, "--data", task, "--skill_steps", 2, "--habit_steps", 1, "--steps", 1, "--out", "r")
     assert all(m["skipped"] == 0 for m in metrics("r"))
     tokenizer = data.load_tokenizer(Path("r") / Path("r/latest").read_text())
     text = data.load(task, "train", 1)[0].prompt
@@ -188,7 +218,7 @@ def test_equal_rewards_change_nothing(run):
     run(*TINY, "--max_new_tokens", 1, "--weight_decay", 0, "--out", "r")
     for m in metrics("r"):
         assert (m["reward"], m["grad_norm"], m["zero_groups"]) == (0, 0, 1)
-    start = load_file(next(Path("runs/warmstart").iterdir()) / "model.safetensors")
+    start = load_file(next(Path("runs/warmstart").glob("*/model.safetensors")))
     assert all(torch.equal(value, start[name]) for name, value in weights("r").items())
 
 
@@ -224,14 +254,14 @@ def start(cwd, *flags, world=1, setup=lambda: None):
     return ranks
 
 
-def finish(ranks, code=0):
+def finish(ranks, code=0, cwd="."):
     """Wait for all of them; the limit is for a test that hangs, not for a slow machine."""
     for p in ranks:
         p.join(300)
     codes = [p.exitcode for p in ranks]
     for p in ranks:
         p.kill()
-    assert codes == [code] * len(ranks), last_line(".")
+    assert codes == [code] * len(ranks), last_line(cwd)
 
 
 def last_line(cwd, rank=0):
@@ -266,11 +296,9 @@ def die_before(count):
     return setup
 
 
-def test_two_and_two_steps_are_four(run):
-    run(*TINY, "--steps", 4, "--out", "whole")
-    run(*TINY, "--steps", 2, "--out", "parts")
-    run("--out", "parts", "--resume", "--steps", 4)  # the run's own flags need not be repeated
-    assert_same_runs("parts", "whole")
+def test_two_and_two_steps_are_four(run, half, whole):
+    run("--out", "r", "--resume", "--steps", 4)  # the run's own flags need not be repeated
+    assert_same_runs("r", whole)
 
 
 def test_evaluation_does_not_touch_training(run):
@@ -281,13 +309,12 @@ def test_evaluation_does_not_touch_training(run):
     assert all(torch.equal(often[name], seldom[name]) for name in often)
 
 
-def test_killed_before_any_file_operation_and_still_the_same_run(run, tmp_path):
-    """SIGKILL before file operation 0, 3, 6, ... of each attempt, in saves and between them."""
-    flags = [*TINY, "--steps", 6, "--save_every", 1]
-    run(*flags, "--out", "whole")
-    for count in range(0, 90, 3):
-        begun = Path("r/config.json").is_file()
-        more = ["--resume"] if begun else flags
+def test_killed_before_file_operations_and_still_the_same_run(run, tmp_path, whole):
+    """One attempt after the other, killed before file operation 1, 8, 15, ... of it, in saves and
+    between them. experiments/torture.py tries every one."""
+    flags = [*TINY, "--steps", 4, "--save_every", 1]
+    for count in range(1, 99, 7):
+        more = ["--resume"] if Path("r/config.json").is_file() else flags
         p, = start(tmp_path, *more, "--out", "r", setup=die_before(count))
         p.join()
         if p.exitcode == 0:
@@ -296,29 +323,28 @@ def test_killed_before_any_file_operation_and_still_the_same_run(run, tmp_path):
     assert count > 20
     if p.exitcode:
         run("--out", "r", "--resume")
-    assert_same_runs("r", "whole")
+    assert_same_runs("r", whole)
     assert len(list(Path("r").glob("step-*"))) == 2
-    assert not list(Path("r").glob(".*step*"))
+    assert {p.name for p in Path("r").glob(".*")} == {".lock"}  # nothing is left behind
 
 
-def test_a_resume_killed_before_any_file_operation_can_be_repeated(run, tmp_path):
-    flags = [*TINY, "--steps", 4]
-    run(*flags, "--out", "whole")
-    run(*flags, "--steps", 2, "--out", "half")
-    for count in range(0, 90, 4):
-        shutil.rmtree("r", ignore_errors=True)
-        shutil.copytree("half", "r")
+def test_a_resume_that_is_killed_can_be_repeated(run, tmp_path, warm, half, whole):
+    for count in range(0, 99, 11):
         p, = start(tmp_path, "--out", "r", "--resume", "--steps", 4, setup=die_before(count))
         p.join()
         if p.exitcode == 0:
             break
-        run("--out", "r", "--resume", "--steps", 4)
-        assert_same_runs("r", "whole")
-    assert count > 8
+        try:
+            run("--out", "r", "--resume", "--steps", 4)
+        except SystemExit as e:
+            assert e.code == 0  # it was complete
+        assert_same_runs("r", whole)
+        shutil.rmtree("r")
+        shutil.copytree(warm / "half", "r")
+    assert count > 30
 
 
-def test_resume_of_a_complete_run_says_so_and_changes_nothing(run, capsys):
-    run(*TINY, "--out", "r")
+def test_resume_of_a_complete_run_says_so_and_changes_nothing(run, half, capsys):
     before = {p: p.read_bytes() for p in Path("r").rglob("*") if p.is_file()}
     with pytest.raises(SystemExit) as e:
         run("--out", "r", "--resume")
@@ -349,6 +375,20 @@ def test_a_signal_finishes_the_step_on_every_rank_and_saves_it(run, tmp_path):
     finish(start(tmp_path, "--out", "r", "--resume", world=2))
     finish(start(tmp_path, *flags, "--out", "whole", world=2))
     assert_same_runs("r", "whole")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As nohup does with SIGHUP: the run must outlive the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            while not stop.told:
+                time.sleep(0.01)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_ends_a_run_that_waits_for_a_rank_that_hangs(run, tmp_path):
@@ -397,26 +437,23 @@ def test_a_rank_that_dies_ends_the_others_with_a_line(run, tmp_path):
     assert (Path("r") / Path("r/latest").read_text() / "model.safetensors").is_file()
 
 
-def test_a_full_disk_loses_nothing(run, tmp_path):
+def test_a_full_disk_loses_nothing(run, tmp_path, half, whole):
     """A limit on the size of a file stands for the disk."""
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an OSError instead
-    run(*TINY, "--out", "r")
     finish(start(tmp_path, "--out", "r", "--resume", "--steps", 4, setup=small_disk), code=1)
     assert last_line(tmp_path).startswith("train.py: ")
     assert "--resume" in last_line(tmp_path)
     assert Path("r/latest").read_text() == "step-000002"
     run("--out", "r", "--resume", "--steps", 4)
-    run(*TINY, "--steps", 4, "--out", "whole")
-    assert_same_runs("r", "whole")
-    assert not list(Path("r").glob(".*step*"))
+    assert_same_runs("r", whole)
+    assert {p.name for p in Path("r").glob(".*")} == {".lock"}
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(run, monkeypatch):
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(run, half, monkeypatch):
     """The order that a power cut cannot break: every file is flushed, then the directory is
     renamed, then `latest` is written; the old checkpoint goes last."""
-    run(*TINY, "--keep", 1, "--out", "r")
     events = []
 
     def record(module, name):
@@ -432,50 +469,63 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(run, monkeypatch):
         monkeypatch.setattr(module, name, recorded)
     for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
         record(module, name)
-    run("--out", "r", "--resume", "--steps", 4, "--save_every", 9)
+    run("--out", "r", "--resume", "--steps", 3, "--keep", 1)
 
     def when(*words):
+        """The last time."""
         found = [i for i, e in enumerate(events) if all(word in e for word in words)]
         assert found, (words, events)
-        return found[0]
-    named = max(i for i, e in enumerate(events) if e.endswith("r/step-000004"))
-    for file in ("model.safetensors", "state.json", "config.json", "tokenizer.json"):
+        return found[-1]
+    named = max(i for i, e in enumerate(events) if e.endswith("r/step-000003"))
+    for file in ("model.safetensors", "state.json", "checksums.json", "tokenizer.json"):
         flushed = [i for i, e in enumerate(events) if e.startswith("fsync") and file in e]
         assert flushed and min(flushed) < named, file
     assert when("fsync", "metrics.jsonl") < named
     assert named < when("r/.latest", "r/latest") < when("rmtree", "r/step-000002")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "resume/model.safetensors",
-                                  "tokenizer.json", "config.json"])
-def test_a_flipped_bit_is_refused_and_the_way_back_is_named(run, file):
-    run(*TINY, "--save_every", 1, "--out", "r")
+@pytest.mark.parametrize("file", [
+    "model.safetensors", "resume/model.safetensors", "resume/state.json", "resume/checksums.json",
+    "tokenizer.json", "config.json"])
+def test_damage_is_refused_and_the_way_back_is_named(run, half, file):
+    """A flipped bit, a cut file, a missing file."""
     path = Path("r/step-000002") / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(SystemExit, match=rf"{file}.*--resume_from step-000001"):
-        run("--out", "r", "--resume", "--steps", 3)
-    run("--out", "r", "--resume", "--resume_from", "step-000001", "--steps", 3)
-    run(*TINY, "--steps", 3, "--out", "whole")
-    assert_same_runs("r", "whole")
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 4
+    for damaged in (flipped, content[:len(content) // 2], None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(SystemExit, match=rf"step-000002/.*--resume_from step-000001"):
+            run("--out", "r", "--resume", "--steps", 4)
 
 
-def test_resume_removes_nothing_that_is_not_its_own(run):
+def test_going_back_to_an_earlier_checkpoint_can_be_repeated_too(run, tmp_path, half, whole):
+    """Killed on the way, a plain --resume does not fall back into the later, damaged one."""
+    Path("r/step-000002/model.safetensors").unlink()
+    back = ["--out", "r", "--resume", "--resume_from", "step-000001", "--steps", 4]
+    p, = start(tmp_path, *back, setup=die_before(12))
+    p.join()
+    assert p.exitcode == -signal.SIGKILL
+    run("--out", "r", "--resume", "--steps", 4)
+    assert_same_runs("r", whole)
+
+
+def test_resume_removes_nothing_that_is_not_its_own(run, half, whole):
     """Without `latest` the newest whole checkpoint counts; copies of other names stay."""
-    run(*TINY, "--steps", 3, "--save_every", 1, "--keep", 3, "--out", "r")
     shutil.copytree("r/step-000001", "r/step-best")
+    shutil.copytree("r/step-000001", "r/.my-step-1")
     Path("r/step-0").mkdir()
     Path("r/latest").unlink()
     run("--out", "r", "--resume", "--steps", 4)
-    run(*TINY, "--steps", 4, "--out", "whole")
-    assert_same_runs("r", "whole")
-    assert Path("r/step-best/model.safetensors").is_file() and Path("r/step-0").is_dir()
+    assert_same_runs("r", whole)
+    for mine in ("step-best", ".my-step-1", "step-0"):
+        assert Path("r", mine).is_dir()
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "step-000009", "/etc", "step-000001/resume"])
-def test_latest_cannot_point_elsewhere(run, name):
-    run(*TINY, "--out", "r")
+def test_latest_cannot_point_elsewhere(run, half, name):
     shutil.copytree("r/step-000002", "elsewhere")
     Path("r/latest").write_text(name)
     with pytest.raises(SystemExit, match="--resume_from"):
@@ -484,16 +534,100 @@ def test_latest_cannot_point_elsewhere(run, name):
     run("--out", "r", "--resume", "--steps", 3)
 
 
-def test_nothing_that_resume_reads_is_unpickled(run, tmp_path):
+def test_nothing_that_resume_reads_is_unpickled(run, half, tmp_path):
     """A pickle that touches a file, in every place where torch's own checkpoints have one."""
     class Attack:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'touched'}",)
-    run(*TINY, "--out", "r")
     for name in (".metadata", "state.pt", "optimizer.bin", "__0_0.distcp"):
         Path("r/step-000002/resume", name).write_bytes(pickle.dumps(Attack()))
     run("--out", "r", "--resume", "--steps", 3)
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("file, text, said", [
+    ("config.json", "[]", "config.json"), ("config.json", '{"lr": null}', "--lr"),
+    ("config.json", '{"steps": {"a": 1}}', "--steps"), ("config.json", '{"lr": Infinity}', "--lr"),
+    ("config.json", '{"loss": "\\u001b[31m"}', "unknown objective"),
+    ("metrics.jsonl", "{}\n{}\n", "line 1"), ("metrics.jsonl", "[[[", "line 1"),
+    ("latest", "\x1b[31m", "--resume_from"), ("latest", "a\nb", "--resume_from"),
+    ("step-000002/resume/state.json", '{"step": 3, "position": 12}', "state.json"),
+    ("step-000002/resume/state.json", '{"step": [], "position": 12}', "state.json"),
+    ("step-000002/resume/state.json", '{"step": 2, "position": -1}', "state.json"),
+    ("step-000002/resume/state.json", '{"step": 2, "position": "9"}', "state.json")])
+def test_a_strange_run_directory_is_one_printable_line(run, half, file, text, said):
+    Path("r", file).write_text(text)
+    sums = train.checksums(Path("r/step-000002"))  # a stranger's are right
+    Path("r/step-000002/resume/checksums.json").write_text(json.dumps(sums))
+    before = {p: p.read_bytes() for p in Path("r").rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as e:
+        run("--out", "r", "--resume", "--steps", 4)
+    assert e.value.code.startswith("train.py: ") and said in e.value.code
+    assert e.value.code.isprintable()
+    assert all(p.read_bytes() == content for p, content in before.items() if p.name != ".lock")
+
+
+def test_metrics_of_the_past_are_read_with_care(run, half):
+    """A number that no picture can draw, a line that is gone; what stands after the checkpoint's
+    step is of no interest."""
+    path = Path("r/metrics.jsonl")
+    first, second = path.read_text().splitlines()
+    huge = json.dumps(json.loads(first) | {"reward": 10**400})
+    for lines in ([huge, second], [first], [second, first], [first, second[:50]]):
+        path.write_text("\n".join(lines))
+        with pytest.raises(SystemExit, match=r"metrics.jsonl line [12] is not"):
+            run("--out", "r", "--resume", "--steps", 3)
+    path.write_bytes(f"{first}\n{second}\n".encode() + b"\0\xff" * 50)  # as a power cut leaves it
+    run("--out", "r", "--resume", "--steps", 3)
+    assert [m["step"] for m in metrics("r")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", [".lock", ".latest", ".config.json", ".step-000003", "metrics.jsonl"])
+def test_nothing_is_written_through_a_link(run, half, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    link = Path("r", name if name in (".lock", "metrics.jsonl") else f"{name}.{os.getpid()}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(victim)
+    with suppress(SystemExit):
+        run("--out", "r", "--resume", "--steps", 3)
+    assert victim.read_text() == "mine"
+
+
+def test_a_new_run_takes_no_directory_that_holds_checkpoints(run, half):
+    for name in ("config.json", "metrics.jsonl", "latest"):
+        Path("r", name).unlink()
+    before = sorted(Path("r").rglob("*"))
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run(*TINY, "--out", "r")
+    assert sorted(Path("r").rglob("*")) == before
+
+
+def test_first_runs_at_once_make_one_warm_start(run, tmp_path):
+    """One makes it and the others wait; what a killed one left goes; none sees half of it."""
+    shutil.rmtree("runs/warmstart")
+    flags = [*TINY, "--skill_steps", 2, "--habit_steps", 2, "--steps", 1, "--out"]
+    made = tmp_path / "made"
+
+    def count():
+        real = train.warm_start
+
+        def warm_start(*args):
+            with open(made, "a") as file:
+                file.write("once ")
+            real(*args)
+        train.warm_start = warm_start
+    runs = [start(tmp_path, *flags, name, setup=count)[0] for name in "abc"]
+    finish(runs)
+    assert made.read_text() == "once "
+    assert untimed("a") == untimed("b") == untimed("c")
+    path = next(Path("runs/warmstart").glob("*.lock")).with_suffix("")
+    for left in (f".{path.name}", f"..{path.name}.17"):  # of a run that was killed in it
+        (path.parent / left).mkdir()
+    shutil.rmtree(path)
+    run(*flags, "d")
+    assert untimed("a") == untimed("d")
+    assert not list(path.parent.glob(".*"))
 
 
 def test_two_runs_never_share_a_directory(run, tmp_path):
@@ -509,9 +643,8 @@ def test_two_runs_never_share_a_directory(run, tmp_path):
     assert [m["step"] for m in metrics("r")] == list(range(1, len(metrics("r")) + 1))
 
 
-def test_resume_takes_what_is_typed_now(run, monkeypatch):
+def test_resume_takes_what_is_typed_now(run, half, monkeypatch):
     """The optimizer's numbers come back; flags that are typed go before the run's."""
-    run(*TINY, "--out", "r")
     seen, real = [], train.save
 
     def save(run):
@@ -522,14 +655,13 @@ def test_resume_takes_what_is_typed_now(run, monkeypatch):
     assert seen == [((0.9, 0.5), 0.3, 1e-5), ((0.9, 0.5), 0.0, 1e-5)]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(run):
-    run(*TINY, "--out", "whole")
+def test_a_run_killed_before_its_first_checkpoint_starts_over(run, whole):
     Path("early").mkdir()
-    shutil.copy("whole/config.json", "early")
-    first = Path("whole/metrics.jsonl").read_text().splitlines()[0]
+    shutil.copy(whole / "config.json", "early")
+    first = (whole / "metrics.jsonl").read_text().splitlines()[0]
     Path("early/metrics.jsonl").write_text(first + '\n{"step": 2, "rew')
     run("--out", "early", "--resume")
-    assert_same_runs("early", "whole")
+    assert_same_runs("early", whole)
 
 
 def test_resume_cannot_poison_a_run(run):
@@ -557,7 +689,7 @@ RANKS = ["--steps", 2, "--loss", "acpo"]
 def one_process(warm):
     """The run that every split must repeat."""
     flags = [*TINY, *RANKS, "--out", "one"]
-    finish(start(warm, *flags))
+    finish(start(warm, *flags), cwd=warm)
     return warm / "one"
 
 
@@ -633,6 +765,35 @@ def test_micro_batches_change_neither_gradients_nor_metrics(name):
         for key, value in whole.items():
             assert torch.allclose(value, parts[key], rtol=1e-5, atol=1e-6), (budget, key)
         assert metrics_parts == pytest.approx(metrics_whole, rel=1e-4, abs=1e-6), budget
+
+
+def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch():
+    """Against one padded forward pass: temperature, mask, reference and scale are as they should."""
+    flags = train.Flags(loss="grpo", samples=4, tokens_per_microbatch=30, max_new_tokens=16,
+                        clip_norm=0, temperature=0.7, kl_beta=0.1)
+    model, reference, rollouts = small_net(), small_net(seed=2), rollouts_for(12)
+    train.assign_advantages(rollouts, flags)
+    optimizer = KeepGradients(model)
+    run = SimpleNamespace(flags=flags, model=model, reference=reference, optimizer=optimizer, step=1)
+    train.update(run, rollouts, {}, train.Meter())
+
+    width = max(len(r.tokens) for r in rollouts)
+    ids = torch.tensor([r.tokens + [0] * (width - len(r.tokens)) for r in rollouts])
+    mask, old_logp = torch.zeros(12, width - 1), torch.zeros(12, width - 1)
+    for i, r in enumerate(rollouts):
+        mask[i, r.prompt_len - 1:len(r.tokens) - 1] = 1
+        old_logp[i, r.prompt_len - 1:len(r.tokens) - 1] = torch.tensor(r.logp)
+
+    def logp(net):
+        z = (net(ids)[:, :-1] / 0.7).log_softmax(-1)
+        return z.gather(2, ids[:, 1:, None])[..., 0]
+    advantage = torch.tensor([r.advantage for r in rollouts])
+    loss, _ = losses.policy_loss("grpo", logp(model), old_logp, advantage, mask, kl_beta=0.1,
+                                 ref_logp=logp(reference).detach())
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 1e-4, name
+        assert torch.allclose(optimizer.seen[name], p.grad, rtol=1e-4, atol=1e-6), name
 
 
 def test_official_acpo_depends_on_the_cut():
@@ -736,11 +897,12 @@ def test_microbatches_respect_the_budget(monkeypatch):
     ("--loss_args alhpa=2", "alpha"), ("--loss_args alpha", "name=value"),
     ("--loss_args alpha=abc", "acpo cannot use that"), ("--agg mean", "token-mean"),
     ("--loss_args dual_clip=-3", "dual_clip"), ("--advantage gae", "gae"),
-    ("--model no/where/at/all", "no such directory"), ("--model .", "config.json"),
+    ("--model no/where/at/all", "no such directory"), ("--model .", "model.safetensors"),
     ("--template orzz", "orz"), ("--data noanswer.jsonl", "needs --model"),
     ("--eval_data missing.jsonl", "missing.jsonl"), ("--eval_data empty.jsonl", "empty.jsonl"),
     ("--eval_data noanswer.jsonl", "noanswer.jsonl line 2"), ("--lr 0", "--lr"),
-    ("--lr nan", "--lr"), ("--temperature inf", "--temperature"), ("--clip_norm -1", "--clip_norm"),
+    ("--lr nan", "--lr"), ("--steps 1000000", "--steps"), ("--timeout 1e30", "--timeout"),
+    ("--clip_norm nan", "--clip_norm"), ("--clip_norm inf", "--clip_norm"), ("--beta2 1", "--beta2"), ("--temperature inf", "--temperature"), ("--clip_norm -1", "--clip_norm"),
     ("--weight_decay -5", "--weight_decay"), ("--temperature 1e-40", "--temperature"),
     ("--max_prompt_tokens 3", "--max_prompt_tokens 3"), ("--out full", "--resume"),
     ("--out blocked/x", "blocked"), ("--resume --out never", "no run to continue"),
@@ -789,7 +951,7 @@ def test_help_names_every_flag():
 
 def test_a_local_file_is_trained_on_and_a_tenth_held_out(run, tmp_path, monkeypatch):
     """--data FILE --model DIR: the path for people's own problems."""
-    run(*TINY, "--out", "small")
+    model = next(Path("runs/warmstart").glob("*/config.json")).parent
     rows = [{"prompt": f"{i:06d}=", "answer": str(i % 10), "task": "chainsum"} for i in range(20)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked, real = [], train.sample
@@ -798,11 +960,11 @@ def test_a_local_file_is_trained_on_and_a_tenth_held_out(run, tmp_path, monkeypa
         asked.append((n, {q.problem.id for q in questions}))
         return real(run, questions, numbers, n)
     monkeypatch.setattr(train, "sample", sample)
-    run("--model", "small", "--data", "mine.jsonl", "--max_new_tokens", 8, "--prompts", 4,
+    run("--model", model, "--data", "mine.jsonl", "--max_new_tokens", 8, "--prompts", 4,
         "--samples", 2, "--steps", 9, "--out", "r")
     held_out = [ids for n, ids in asked if n == 1]
     trained = set().union(*(ids for n, ids in asked if n == 2))
-    assert held_out == [{"mine-10", "mine-20"}] * 2  # before the first update, after the last
+    assert held_out == [{"mine-2", "mine-12"}] * 2  # before the first update, after the last
     assert len(trained) == 18 and not trained & held_out[0]  # 36 draws: two epochs of the rest
 
 

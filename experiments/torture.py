@@ -1,0 +1,732 @@
+"""What a run survives: kills, power cuts, flipped bits, full disks, other runs, hostile directories.
+
+    python experiments/torture.py              # all of it; the table goes into docs/reliability.md
+    python experiments/torture.py bits ranks   # some of it, printed
+
+Each attack is made on a copy of one small run. Then the run is resumed and compared with one that
+nothing happened to. There are three outcomes:
+    survived   every metric and every weight is the same, bit for bit
+    refused    it ends with one line that names what is wrong
+    silent     anything else: other numbers, a traceback, a hang, a file outside that was touched
+Processes are forked from this one, which has imported torch, so that a run takes a second.
+"""
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import data  # noqa: E402
+import rewards  # noqa: E402
+import train  # noqa: E402
+
+SMALL = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8 --updates 2
+--eval_problems 4 --max_new_tokens 6 --lr 0.003 --save_every 1""".split()
+TIMING = {"rollout_tps", "update_tps", "seconds"}
+TOP = Path(tempfile.mkdtemp(prefix="torture-"))
+ATTACKS = {}  # name: (what is done, generator of outcomes)
+
+
+def attack(what):
+    def register(function):
+        ATTACKS[function.__name__] = what, function
+        return function
+    return register
+
+
+# ---- A run, and what became of it --------------------------------------------------------------
+
+def nothing():
+    """The setup of a process that is left alone."""
+
+
+def child(cwd, flags, setup, rank, world, port):
+    """train.main() in a forked process; what it says goes to cwd/said-<rank>."""
+    os.chdir(cwd)
+    said = os.open(f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
+                      WORLD_SIZE=str(world))
+    train.RANK, train.WORLD, train.MAIN = rank, world, rank == 0
+    sys.argv = ["train.py", *map(str, flags)]
+    setup()
+    train.main()
+
+
+def start(cwd, *flags, setup=nothing, world=1):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=child, args=(cwd, flags, setup, rank, world, port))
+             for rank in range(world)]
+    for p in ranks:
+        p.start()
+    return ranks
+
+
+def end(ranks, seconds=300):
+    """Exit codes; "hang" for a process that does not end."""
+    codes = []
+    for p in ranks:
+        p.join(seconds)
+        codes.append("hang" if p.is_alive() else p.exitcode)
+    for p in ranks:
+        p.kill()
+        p.join()
+    return codes
+
+
+def has_line(cwd, rank=0):
+    """Whether the process ended with one line of train.py and without a traceback."""
+    said = (cwd / f"said-{rank}").read_text()
+    lines = said.strip().splitlines() or [""]
+    return lines[-1].startswith("train.py: ") and "Traceback" not in said and "\x1b" not in said
+
+
+def resumed(cwd, whole, steps, *flags, world=1):
+    """The outcome, after a resume that nothing happens to; a run that has left no config.json is
+    simply started again."""
+    how = ["--resume"] if (cwd / "r/config.json").exists() else SMALL
+    codes = end(start(cwd, *how, "--out", "r", "--steps", steps, *flags, world=world))
+    return judge(cwd, codes[0], whole)
+
+
+def judge(cwd, code, whole):
+    if code == 0:
+        return "survived" if same(cwd / "r", whole) else "silent"
+    return "refused" if code == 1 and has_line(cwd) else "silent"
+
+
+def same(run_dir, whole):
+    name = (whole / "latest").read_text()
+    if (run_dir / "latest").read_text() != name or metrics(run_dir) != metrics(whole):
+        return False
+    ours = load_file(run_dir / name / "model.safetensors")
+    theirs = load_file(whole / name / "model.safetensors")
+    return all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def metrics(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def place(base=None):
+    """A new directory with the warm start, and run `base` as r."""
+    cwd = Path(tempfile.mkdtemp(dir=TOP))
+    shutil.copytree(TOP / "runs", cwd / "runs")
+    if base:
+        shutil.copytree(base, cwd / "r", symlinks=True)
+    return cwd
+
+
+def undisturbed(steps, world=1):
+    """A run of so many steps, made once: TOP/whole-<steps>-<world>."""
+    path = TOP / f"whole-{steps}-{world}"
+    if not path.exists():
+        cwd = place()
+        flags = [*SMALL, "--steps", steps, "--out", "r"]
+        assert end(start(cwd, *flags, world=world)) == [0] * world, (cwd / "said-0").read_text()
+        assert max(m["grad_norm"] for m in metrics(cwd / "r")) > 1e-3
+        (cwd / "r").rename(path)
+    return path
+
+
+# ---- Kills -------------------------------------------------------------------------------------
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+
+
+def changes_files(event, args):
+    """Whether an audit event is a file operation that changes something in the run directory."""
+    opened = event == "open" and args[1] is not None and set(args[1]) & set("wax+")
+    opened = opened or event == "open" and args[1] is None and args[2] & (os.O_WRONLY | os.O_RDWR)
+    name = str(args[0]) if opened or event in CHANGES else ""
+    return name == "r" or name.startswith("r/")
+
+
+def die_before(count):
+    """A setup: SIGKILL before file operation number `count`."""
+    def setup():
+        numbers = itertools.count()
+
+        def hook(event, args):
+            if changes_files(event, args) and next(numbers) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+    return setup
+
+
+@attack("SIGKILL before every file operation of two steps with saves")
+def kill():
+    for count in itertools.count():
+        cwd = place()
+        code, = end(start(cwd, *SMALL, "--steps", 2, "--out", "r", setup=die_before(count)))
+        if code == 0:
+            return
+        yield f"before operation {count}", resumed(cwd, undisturbed(2), 2)
+
+
+@attack("SIGKILL before every file operation of a `--resume` of two steps")
+def kill_resume():
+    for count in itertools.count():
+        cwd = place(undisturbed(2))
+        flags = ["--resume", "--steps", 4, "--out", "r"]
+        code, = end(start(cwd, *flags, setup=die_before(count)))
+        if code == 0:
+            return
+        yield f"before operation {count}", resumed(cwd, undisturbed(4), 4)
+
+
+# ---- Power cuts --------------------------------------------------------------------------------
+
+class Recorder:
+    """Notes before each file operation of its process what a disk may hold if the power fails
+    there. Contents: what a file had when it was last flushed (empty if never), or zeros in the
+    length it has now. Names: any state since the last one that an fsync of a directory fixed."""
+
+    def __init__(self, images):
+        self.images = images
+        self.seen = set()  # hashes of images
+        self.open_files = {}  # inode: descriptor; kept, so that no inode's number is used again
+        self.flushed = {}  # inode: content
+        self.names = [self.tree()]  # after each operation on names
+        self.fixed = 0  # names[fixed] is the oldest that a power cut can bring back
+        self.flushed |= {i: self.content(i) for i in self.open_files}  # the base is on the disk
+
+    def setup(self):
+        real = os.fsync
+
+        def fsync(descriptor):
+            real(descriptor)
+            self.note()
+            info = os.fstat(descriptor)
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if info.st_ino in self.open_files:
+                self.flushed[info.st_ino] = self.content(info.st_ino)
+            elif os.path.isdir(path):
+                self.fix(os.path.relpath(path))
+        os.fsync = fsync
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, args):
+        if changes_files(event, args):
+            self.note()
+
+    def tree(self):
+        """{path: inode, or None for a directory} of the run as it is now."""
+        found = {}
+        for path in sorted([Path("r"), *Path("r").rglob("*")] if Path("r").is_dir() else []):
+            found[str(path)] = None
+            if path.is_file():
+                inode = path.stat().st_ino
+                found[str(path)] = inode
+                if inode not in self.open_files:
+                    self.open_files[inode] = os.open(path, os.O_RDONLY)
+        return found
+
+    def content(self, inode):
+        descriptor = self.open_files[inode]
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+    def note(self):
+        """A power cut here: an image for every state of the names that is still possible."""
+        now = self.tree()
+        if now != self.names[-1]:
+            self.names.append(now)
+        for names in self.names[self.fixed:]:
+            for zeros in (False, True):
+                self.write_image(names, zeros)
+
+    def fix(self, directory):
+        """After fsync of a directory the names in it, and all that came before them, are kept."""
+        def names_in(tree):
+            return {path: i for path, i in tree.items() if os.path.dirname(path) in (directory, "")}
+        for i in range(len(self.names) - 1, self.fixed, -1):
+            if names_in(self.names[i]) != names_in(self.names[i - 1]):
+                self.fixed = i
+                return
+
+    def write_image(self, names, zeros):
+        contents = {}
+        for path, inode in names.items():
+            content = self.flushed.get(inode, b"")
+            if zeros and inode:
+                content = content.ljust(os.fstat(self.open_files[inode]).st_size, b"\0")
+            contents[path] = None if inode is None else content
+        key = hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        image = self.images / f"{len(self.seen):04d}"
+        image.mkdir(parents=True)
+        for path, content in contents.items():
+            if content is None:
+                (image / path).mkdir(parents=True, exist_ok=True)
+            else:
+                (image / path).write_bytes(content)
+
+
+def record():
+    """A setup: images of the disk go to ../<cwd>-images."""
+    Recorder(Path("..") / f"{Path.cwd().name}-images").setup()
+
+
+@attack("power cut at any moment of two steps with saves, every state the disk may have")
+def power_cut():
+    for base, steps in ((None, 2), (undisturbed(2), 4)):
+        how = ["--resume"] if base else SMALL
+        cwd = place(base)
+        code, = end(start(cwd, *how, "--steps", steps, "--out", "r", setup=record))
+        assert code == 0, (cwd / "said-0").read_text()
+        for image in sorted((TOP / f"{cwd.name}-images").iterdir()):
+            shutil.copytree(TOP / "runs", image / "runs")
+            yield f"image {image}", resumed(image, undisturbed(steps), steps)
+
+
+# ---- Damage ------------------------------------------------------------------------------------
+
+def files_of_checkpoint():
+    step = undisturbed(2) / "step-000002"
+    return [path.relative_to(undisturbed(2)) for path in sorted(step.rglob("*")) if path.is_file()]
+
+
+@attack("one flipped bit, at random places of every file of a checkpoint")
+def bits():
+    rng = random.Random(0)
+    for file, _ in itertools.product(files_of_checkpoint(), range(5)):
+        cwd = place(undisturbed(2))
+        content = bytearray((cwd / "r" / file).read_bytes())
+        where = rng.randrange(len(content) * 8)
+        content[where // 8] ^= 1 << where % 8
+        (cwd / "r" / file).write_bytes(content)
+        yield f"{file}, bit {where}", resumed(cwd, undisturbed(4), 4)
+
+
+@attack("every file of a checkpoint missing, empty, or cut in half; then back to the one before")
+def cut():
+    for file, share in itertools.product(files_of_checkpoint(), (None, 0, 0.5)):
+        cwd = place(undisturbed(2))
+        path = cwd / "r" / file
+        content = path.read_bytes()
+        path.unlink()
+        if share is not None:
+            path.write_bytes(content[:int(share * len(content))])
+        yield f"{file}, share {share}", resumed(cwd, undisturbed(4), 4)
+        if share == 0.5:
+            back = ["--resume_from", "step-000001"]
+            yield f"{file}, back", resumed(cwd, undisturbed(4), 4, *back)
+
+
+# ---- Full disks --------------------------------------------------------------------------------
+
+def files_at_most(size):
+    def setup():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an OSError instead of death
+    return setup
+
+
+@attack("no file larger than N bytes (12 sizes), then room again")
+def full_disk():
+    for size in (0, 1, 100, 500, 1000, 1500, 2000, 3000, 5000, 8000, 14000, 30000):
+        cwd = place(undisturbed(2))
+        flags = ["--resume", "--steps", 4, "--out", "r"]
+        code, = end(start(cwd, *flags, setup=files_at_most(size)))
+        fine = code == 0 or size < 300 or has_line(cwd)  # the line itself must fit
+        yield f"{size} bytes", resumed(cwd, undisturbed(4), 4) if fine else "silent"
+
+
+@attack("a real file system with N KB free (10 sizes; needs root), then room again")
+def full_file_system():
+    for free in (0, 4, 8, 16, 24, 40, 60, 80, 100, 150):
+        cwd = place()
+        (cwd / "r").mkdir()
+        used = 4 * sum(1 + p.stat().st_size // 4096 for p in undisturbed(2).rglob("*"))
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={used + free}k", "torture", cwd / "r"]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return
+        try:
+            shutil.copytree(undisturbed(2), cwd / "r", dirs_exist_ok=True)
+            code, = end(start(cwd, "--resume", "--steps", 4, "--out", "r"))
+            fine = code == 0 or has_line(cwd)
+            subprocess.run(["mount", "-o", "remount,size=10m", cwd / "r"], check=True)
+            yield f"{free} KB", resumed(cwd, undisturbed(4), 4) if fine else "silent"
+        finally:
+            subprocess.run(["umount", cwd / "r"], check=True)
+
+
+# ---- Others at the same time -------------------------------------------------------------------
+
+@attack("two processes at once in one `--out`: two runs, two resumes, a run and a resume")
+def two_at_once():
+    new, resume = [*SMALL, "--steps", 4], ["--resume", "--steps", 4]
+    for base, pair in ((None, (new, new)), (undisturbed(2), (resume, resume)),
+                       (undisturbed(2), (new, resume))) * 4:
+        cwd = place(base)
+        processes = []
+        for name, flags in zip("ab", pair):
+            (cwd / name).mkdir()
+            (cwd / name / "runs").symlink_to(cwd / "runs")
+            processes += start(cwd / name, *flags, "--out", cwd / "r")
+        codes = end(processes)
+        lines = all(code == 0 or has_line(cwd / name) for name, code in zip("ab", codes))
+        fine = lines and 0 in codes and same(cwd / "r", undisturbed(4))
+        yield f"{codes}", "survived" if fine else "silent"
+
+
+@attack("six first runs at once that share the warm start; then the same with one killed in it")
+def six_first_runs():
+    for killed in (False, True):
+        cwd = place()
+        shutil.rmtree(cwd / "runs/warmstart")
+        runs = []
+        for name in "abcdef":
+            (cwd / name).mkdir()
+            (cwd / name / "runs").symlink_to(cwd / "runs")
+            runs += start(cwd / name, *SMALL, "--steps", 2, "--out", "r")
+        if killed:
+            while not list((cwd / "runs").glob("warmstart/*.lock")):
+                time.sleep(0.01)
+            owner = next((cwd / "runs").glob("warmstart/*.lock"))
+            while not owner.read_text():
+                time.sleep(0.01)
+            os.kill(int(owner.read_text()), signal.SIGKILL)
+        for name, code in zip("abcdef", end(runs)):
+            done = code == -signal.SIGKILL if killed else False
+            outcome = resumed(cwd / name, undisturbed(2), 2) if done else judge(
+                cwd / name, code, undisturbed(2))
+            yield f"{name} {code}", outcome
+        left = [p for p in (cwd / "runs/warmstart").iterdir() if p.name.startswith(".")]
+        yield f"left behind {left}", "silent" if left else "survived"
+
+
+# ---- Ranks -------------------------------------------------------------------------------------
+
+def at(function, rank, action):
+    """A setup: in step 3, rank `rank` does `action` before train.py's `function`."""
+    def setup():
+        train.timedelta = lambda minutes: timedelta(seconds=10)  # for --timeout
+        real = getattr(train, function)
+
+        def instead(run, *args, **kw):
+            if train.RANK == rank and run.step == 3:
+                action()
+            return real(run, *args, **kw)
+        setattr(train, function, instead)
+    return setup
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(10**6)
+
+
+def told():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)  # the thread that reads signals
+    train.update = None  # told again in the next update would be a second signal
+
+
+@attack("one of two ranks killed or hanging, in sampling, update and save")
+def ranks():
+    for rank, function, action in itertools.product((0, 1), ("sample", "update", "save"),
+                                                    (die, hang)):
+        cwd = place(undisturbed(2, world=2))
+        both = start(cwd, "--resume", "--steps", 4, "--out", "r", world=2,
+                     setup=at(function, rank, action))
+        other = both[1 - rank]
+        code, = end([other], 120)
+        end(both, 0)
+        outcome = resumed(cwd, undisturbed(4, world=2), 4, world=2)
+        fine = code == 1 and (cwd / f"said-{1 - rank}").read_text().strip().splitlines()[-1]
+        good = fine and fine.startswith("train.py: rank")
+        yield f"{action.__name__} rank {rank} in {function}", outcome if good else "silent"
+
+
+@attack("SIGINT, SIGTERM or SIGHUP to one of two ranks")
+def signals():
+    for rank, which in itertools.product((0, 1), ("SIGINT", "SIGTERM", "SIGHUP")):
+        def action():
+            signal.raise_signal(getattr(signal, which))
+            time.sleep(0.2)  # until the thread has read it
+        cwd = place(undisturbed(2, world=2))
+        codes = end(start(cwd, "--resume", "--steps", 4, "--out", "r", world=2,
+                          setup=at("save", rank, action)))
+        outcome = resumed(cwd, undisturbed(4, world=2), 4, world=2)
+        yield f"{which} to rank {rank}", outcome if codes == [0, 0] else "silent"
+
+
+def reader_that_dies():
+    """A setup: standard output and error go into a pipe that nobody reads any more."""
+    end_to_read, end_to_write = os.pipe()
+    for stream in (1, 2):
+        os.dup2(end_to_write, stream)
+    os.close(end_to_read)
+
+
+def terminal_that_closes():
+    """A setup: nohup's, and the terminal closes in the middle."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at("update", 0, send_hangup)()
+
+
+def send_hangup():
+    signal.raise_signal(signal.SIGHUP)
+
+
+@attack("the reader of the output dies (`| head -1`); the terminal closes under `nohup`")
+def output():
+    for setup in (reader_that_dies, terminal_that_closes):
+        cwd = place(undisturbed(2))
+        code, = end(start(cwd, "--resume", "--steps", 4, "--out", "r", setup=setup))
+        yield setup.__name__, judge(cwd, code, undisturbed(4))
+
+
+@attack("graders at work whose parent is killed")
+def graders():
+    for answer in ("x+1", "2^{3^{4^{5^{6}}}}", "(10^9)!", r"\int_0^1 x^{x^{x^x}} dx"):
+        item = ("math", rf"\boxed{{{answer}}}", {"answer": "x^2 + 1"})
+        fork = multiprocessing.get_context("fork")
+        parent = fork.Process(target=rewards.Scorer(workers=1), args=([item] * 99,))
+        parent.start()
+        seen = set()
+        while parent.is_alive() and not seen:
+            seen |= children_of(parent.pid)
+            time.sleep(0.01)
+        time.sleep(3)  # it imports SymPy, and begins
+        parent.kill()
+        parent.join()
+        for _ in range(600):
+            alive = [pid for pid in seen if Path(f"/proc/{pid}").exists()]
+            if not alive:
+                break
+            time.sleep(0.1)
+        yield answer, "silent" if alive or not seen else "survived"
+
+
+def children_of(pid):
+    """Of all its threads."""
+    found = set()
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            found |= set(children.read_text().split())
+    return found
+
+
+# ---- Strangers ---------------------------------------------------------------------------------
+
+class Attack:
+    """A pickle that touches a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+WRONG = (None, [], {"a": 1}, "\x1b[31mx", "../..", 1e999, 10**30, -1, True, [["--out", "victim"]])
+
+
+def hostile_files():
+    """(name, function of the run directory): each does one thing that a stranger may have done."""
+    pickles = ".metadata state.pt optimizer.bin __0_0.distcp model.safetensors pytorch_model.bin"
+    for name in pickles.split():
+        def put(r, name=name):
+            (r / "step-000002/resume" / name).write_bytes(pickle.dumps(Attack(r.parent / "touched")))
+        yield f"pickle {name}", put
+    for text in ("../victim", "/etc", "step-000002/resume", "\x1b[31m", "x\ny", "step-000009", ""):
+        def point(r, text=text):
+            (r / "latest").write_text(text)
+        yield f"latest {text!r}", point
+    for name in (".lock", ".latest", "metrics.jsonl", "config.json", "step-000003", ".step-000003",
+                 "curves.png", ".curves.png"):
+        def link(r, name=name):
+            target = r.parent / ("config.json" if name == "config.json" else "victim")
+            if name == "config.json":
+                shutil.copy(r / name, target)
+            (r / name).unlink(missing_ok=True)
+            (r / name).symlink_to(target)
+        yield f"link {name}", link
+    for key, value in itertools.product(("step", "position"), WRONG):
+        def state(r, key=key, value=value):
+            edit(r / "step-000002/resume/state.json", key, value)
+            sums = train.checksums(r / "step-000002")
+            (r / "step-000002/resume/checksums.json").write_text(json.dumps(sums))
+        yield f"state.json {key} {value!r}", state
+    for line in ("", "{", "[]", "1", '{"step": 1}', "\0" * 50, "[" * 100_000, "9" * 5000):
+        def spoil(r, line=line):
+            lines = (r / "metrics.jsonl").read_text().splitlines()
+            (r / "metrics.jsonl").write_text("\n".join([line, *lines[1:], ""]))
+        yield f"metrics.jsonl line {line:.20}", spoil
+    for value in WRONG:
+        def number(r, value=value):
+            lines = [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
+            lines[0]["reward"] = value
+            text = "".join(json.dumps(m) + "\n" for m in lines)
+            (r / "metrics.jsonl").write_text(text)
+        yield f"metrics.jsonl reward {value!r}", number
+    for text in ("", "[]", "{}", "{", "null", "\xff", "[" * 100_000, '{"checksums": "x"}'):
+        for file in ("step-000002/resume/state.json", "step-000002/resume/checksums.json",
+                     "step-000002/config.json", "config.json"):
+            def replace_text(r, file=file, text=text):
+                (r / file).write_text(text, encoding="latin-1")
+            yield f"{file} {text:.20}", replace_text
+    def fifo(r):
+        os.mkfifo(r / "step-000002/resume/z.safetensors")
+    yield "fifo", fifo
+    for name, value in itertools.product(train.Flags.__dataclass_fields__, WRONG):
+        def flag(r, name=name, value=value):
+            edit(r / "config.json", name, value)
+        yield f"config.json {name} {value!r}", flag
+
+
+def edit(path, key, value):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+@attack("run directories from strangers: pickles, links, names and numbers of every wrong kind")
+def strangers():
+    for what, change in hostile_files():
+        cwd = place(undisturbed(2))
+        (cwd / "victim").write_text("mine")
+        change(cwd / "r")
+        code, = end(start(cwd, "--resume", "--steps", 3, "--out", "r"), 60)
+        outcome = "survived" if code == 0 else "refused" if code == 1 and has_line(cwd) else "silent"
+        harmed = (cwd / "touched").exists() or (cwd / "victim").read_text() != "mine"
+        yield what, "silent" if harmed else outcome
+
+
+def hostile_models():
+    """(name, function of a model directory)."""
+    huge = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
+            "num_attention_heads", "max_position_embeddings")
+    for key, value in itertools.product(huge, (10**12, 0, -1, None, "x", 1e999)):
+        def change(m, key=key, value=value):
+            edit(m / "config.json", key, value)
+        yield f"config.json {key} {value!r}", change
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        for content in (b"", b"{", b"[]", b"{}", b"\xff" * 16, b"null", b"[" * 100_000):
+            def change(m, name=name, content=content):
+                (m / name).write_bytes(content)
+            yield f"{name} {content[:10]}", change
+    for where in ("../victim", "/etc/passwd", "no.safetensors", "", None, 1):
+        def change(m, where=where):
+            keys = load_file(m / "model.safetensors")
+            index = {"weight_map": {key: where for key in keys}}
+            (m / "model.safetensors.index.json").write_text(json.dumps(index))
+        yield f"index {where!r}", change
+    for template in ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 1/0 }}",
+                     "{% include 'victim' %}", "{{ raise_exception('a\nb') }}", "{{",
+                     "{{ ''.__class__.__mro__[1].__subclasses__() }}"):
+        def change(m, template=template):
+            edit(m / "tokenizer_config.json", "chat_template", template)
+            (m / "chat_template.jinja").write_text(template)
+        yield f"template {template:.30}", change
+
+    def binary(m):
+        (m / "model.safetensors").unlink()
+        (m / "pytorch_model.bin").write_bytes(pickle.dumps(Attack(m.parent / "touched")))
+    yield "pickle", binary
+
+    def link(m):
+        (m / "vocab.txt").symlink_to(m.parent / "victim")
+    yield "link", link
+
+
+@attack("model directories from strangers")
+def strange_models():
+    for what, change in hostile_models():
+        cwd = place()
+        shutil.copytree(undisturbed(2) / "step-000002", cwd / "m")
+        (cwd / "victim").write_text("mine")
+        change(cwd / "m")
+        flags = [*SMALL, "--model", "m", "--steps", 1, "--out", "r"]
+        code, = end(start(cwd, *flags), 90)
+        outcome = "survived" if code == 0 else "refused" if code == 1 and has_line(cwd) else "silent"
+        copied = [p for p in (cwd / "r").rglob("*") if p.is_file() and "mine" in p.read_text("latin-1")]
+        yield what, "silent" if (cwd / "touched").exists() or copied else outcome
+
+
+# ---- The table ---------------------------------------------------------------------------------
+
+def prepare():
+    """The warm start, and in this process what every child would import and make again."""
+    sys.stderr.flush()
+    train.draw_curves = nothing_drawn
+    whole_load = data.load
+
+    def load(name, split="train", n=None, **kw):
+        return whole_load(name, split, n or 512, **kw)  # 8192 take half a second in each run
+    data.load = load
+    os.chdir(TOP)
+    path = train.small_model(train.parse(SMALL))
+    data.load_tokenizer(path)
+
+
+def nothing_drawn(*_):
+    """In the place of draw_curves: a second each."""
+
+
+def main():
+    torch.set_num_threads(1)
+    prepare()
+    chosen = sys.argv[1:] or list(ATTACKS)
+    rows = []
+    for name in chosen:
+        what, function = ATTACKS[name]
+        counts, began = Counter(), time.time()
+        for trial, outcome in function():
+            counts[outcome] += 1
+            if outcome == "silent":
+                print(f"  SILENT {name}: {trial}", flush=True)
+        if counts:
+            row = [what, counts.total(), *(counts[o] for o in ("survived", "refused", "silent"))]
+            rows.append("| " + " | ".join(map(str, row)) + " |")
+            print(f"{rows[-1]} {time.time() - began:.0f} s", flush=True)
+    if not sys.argv[1:]:
+        write_table(rows)
+    shutil.rmtree(TOP)
+
+
+def write_table(rows):
+    """Between the two marks in docs/reliability.md."""
+    path = ROOT / "docs/reliability.md"
+    before, rest = path.read_text().split("<!-- table -->\n")[:2]
+    after = rest.split("<!-- end -->\n")[1]
+    head = "| attack | tried | survived | refused with a line | silent |\n|---|---|---|---|---|\n"
+    table = head + "\n".join(rows) + "\n"
+    path.write_text(f"{before}<!-- table -->\n{table}<!-- end -->\n{after}")
+
+
+if __name__ == "__main__":
+    main()
