@@ -1145,7 +1145,8 @@ def flags_of_run(out) -> list[str]:
     saved, argv = read_json(out / "config.json") | {"out": str(out), "resume": True}, []
     for f in dataclasses.fields(Flags):
         value = saved.get(f.name, f.default)
-        argv += [f"--{f.name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+        several = isinstance(value, (list, tuple))
+        argv += [f"--{f.name}", *(map(str, value) if several else [str(value)])]
     return argv
 
 

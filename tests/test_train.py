@@ -57,7 +57,7 @@ def warm(tmp_path_factory):
     return cwd
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(warm):
     """Four steps that nothing happens to: every run that is stopped, hurt or cut must repeat it."""
     finish(start(warm, *TINY, "--steps", 4, "--save_every", 1, "--out", "whole"), cwd=warm)
@@ -685,7 +685,7 @@ def test_resume_cannot_poison_a_run(run):
 RANKS = ["--steps", 2, "--loss", "acpo"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_process(warm):
     """The run that every split must repeat."""
     flags = [*TINY, *RANKS, "--out", "one"]
