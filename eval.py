@@ -58,10 +58,9 @@ def evaluate(args):
     job = load(args, run, tasks)
     questions = {name: load_questions(task, job) for name, task in tasks.items()}
     args.out.mkdir(parents=True, exist_ok=True)  # after all that may be wrong with the flags
-    protocol = {name: getattr(args, name) for name in PROTOCOL}
     if MAIN:
-        shown = ", ".join(f"{name} {value}" for name, value in protocol.items() if value)
-        print(f"{job.model.source}: {DTYPE} on {WORLD} x {DEVICE.type}; {shown}")
+        flags = ", ".join(f"{name} {value}" for name, value in vars(args).items() if value)
+        print(f"{job.model.source}: {DTYPE} on {WORLD} x {DEVICE.type}; {flags}")
 
     results = {}
     differences = {}
@@ -82,17 +81,13 @@ def evaluate(args):
                 differences[name] = compare(rows, args.n, args.compare, name)
     if MAIN:
         target = args.out / "results.json"
-        write(target, json.dumps(record(results, protocol, job, began), indent=1))
+        write(target, json.dumps(record(results, job, began), indent=1, default=str))
         print("\n" + report(results, args.n, args.k))
         if differences:
             print(f"\nagainst {args.compare}:\n{report_differences(differences)}")
         responses = shlex.quote(str(args.out / f"samples_{name}.jsonl"))
         print(f"\n{time.time() - began:.0f} s. {target}, and the responses beside it; to read "
               f"them: python experiments/microscope.py {responses}")
-
-
-PROTOCOL = """n temperature top_p max_new_tokens template template_args data_args seed
-acpo_compat""".split()
 
 
 # ---- Questions -----------------------------------------------------------------------------------
@@ -110,12 +105,11 @@ def load(args, run, tasks):
     model = Model.from_pretrained(args.checkpoint, DTYPE, DEVICE)
     model.check_finite()
     tokenizer = data.load_tokenizer(model.source)
-    usual = {"template": "auto", "template_args": [], "data_args": [], "max_new_tokens": 1024}
-    if any(task in data.SOURCES for task in tasks.values()):
-        usual["max_new_tokens"] = 3072
-    for name, value in (usual | run).items():
-        if name in usual and not getattr(args, name):
-            setattr(args, name, value)
+    hub = any(task in data.SOURCES for task in tasks.values())
+    usual = {"template": "auto", "template_args": [], "data_args": [],
+             "max_new_tokens": 3072 if hub else 1024}
+    for name, value in usual.items():
+        setattr(args, name, getattr(args, name) or run.get(name) or value)
     args.template = data.choose_template(args.template, tokenizer)
     end_ids = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
     return Job(model, tokenizer, end_ids, args)
@@ -128,12 +122,20 @@ def origin(name):
         return {}, Path("runs") / f"eval-{name.replace('/', '--')}"
     for directory in (path, path.resolve().parent):
         flags = read_json(directory / "config.json")
-        if "save_every" in flags:  # not the config.json of a model
+        if is_run(flags):
             if directory == path and not (path / "latest").is_file():
                 raise ValueError(f"{path}: no checkpoint yet; this run writes one every "
                                  f"{flags['save_every']} steps")
             return flags, path
     return {}, path
+
+
+def is_run(flags):
+    """Whether a config.json is that of train.py, not of a model, and fit to be used."""
+    kinds = {"data": str, "eval_data": str, "save_every": int, "max_new_tokens": int,
+             "template": str, "template_args": list, "data_args": list}
+    return "save_every" in flags and all(type(flags.get(name, kind())) is kind
+                                         for name, kind in kinds.items())
 
 
 def known_tasks(args, run):
@@ -142,7 +144,7 @@ def known_tasks(args, run):
     if args.suite:
         asked += SUITES[args.suite]
     if not asked:
-        asked = [run["eval_data"] or run["data"]] if run else SUITES["offline"]
+        asked = [run.get("eval_data") or run.get("data")] if run else SUITES["offline"]
     names = {}
     for task in dict.fromkeys(asked):
         name = Path(task).stem if Path(task).suffix in data.FILES else task.replace(":", "-")
@@ -394,12 +396,11 @@ def read_json(path):
     return found if isinstance(found, dict) else {}
 
 
-def record(results, protocol, job, began):
+def record(results, job, began):
     """What results.json holds."""
     grader = hashlib.sha256(Path(rewards.__file__).read_bytes()).hexdigest()[:12]
-    return {"results": results, "model": job.args.checkpoint, "checkpoint": str(job.model.source),
-            "config": protocol | {"k": job.args.k, "limit": job.args.limit, "dtype": str(DTYPE)},
-            "versions": {"torch": torch.__version__, "rewards.py": grader},
+    return {"results": results, "config": vars(job.args), "checkpoint": job.model.source,
+            "dtype": DTYPE, "versions": {"torch": torch.__version__, "rewards.py": grader},
             "date": round(began), "seconds": round(time.time() - began)}
 
 

@@ -168,7 +168,7 @@ def test_defaults_are_those_of_the_run(run, call, tmp_path):
     record = json.loads((tmp_path / "results.json").read_text())
     result, rows = record["results"]["chainsum"], rows_of(tmp_path)
     assert record["checkpoint"].endswith("step-000003") and record["config"]["template"] == "none"
-    assert "n 8, temperature 1.0, top_p 1.0, max_new_tokens 12, template none" in out
+    assert "n 8, k [1, 8], temperature 1.0, top_p 1.0, max_new_tokens 12, template none" in out
     problems = data.load("chainsum", "test", n=40)
     assert [(r["id"], r["sample"]) for r in rows] == [(p.id, j) for p in problems for j in range(8)]
     for r, p in zip(rows, [p for p in problems for _ in range(8)]):
@@ -203,6 +203,12 @@ def test_length_and_task_of_the_run_are_the_defaults(run, call, refused, tmp_pat
     assert "countdown-test-0" in refused("--template", "none", checkpoint=copy)
     shutil.rmtree(copy)
     assert "this tokenizer has none" in refused(checkpoint=edited(run, tmp_path, template="chat"))
+
+
+@pytest.mark.parametrize("flags", [{"data": ["x"]}, {"max_new_tokens": "12"}, {"template_args": 5}])
+def test_a_run_of_a_stranger_is_no_run(run, refused, tmp_path, flags):
+    """Flags of the wrong kind are not used: no traceback, and no task that nobody asked for."""
+    assert "countdown-test-0" in refused("--max_new_tokens", 9, checkpoint=edited(run, tmp_path, **flags))
 
 
 def test_a_checkpoint_inside_a_run_is_evaluated_like_the_run(run, call, tmp_path):
@@ -375,7 +381,7 @@ def test_nothing_is_written_through_a_link(call, tmp_path):
 
 
 def test_greedy_alone_is_the_greedy_pass(call, whole, tmp_path):
-    assert "n 1, top_p 1.0" in call("--greedy", "--out", tmp_path / "g", "--limit", 24)
+    assert "n 1, k [1], top_p 1.0" in call("--greedy", "--out", tmp_path / "g", "--limit", 24)
     a, b = rows_of(tmp_path / "g"), rows_of(whole, "greedy_chainsum")
     assert [r["response"] for r in a] == [r["response"] for r in b]
     result = results_of(tmp_path / "g")["chainsum"]
@@ -553,7 +559,7 @@ def test_no_checkpoint_at_all(refused, run, tmp_path):
     assert "no such directory" in refused(checkpoint=tmp_path / "nothing")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "config.json" in refused(checkpoint=empty)
+    assert f"{empty}: no model.safetensors here" in refused(checkpoint=empty)
     shutil.copy(run / "config.json", empty)
     assert "no checkpoint yet" in refused(checkpoint=empty)
     (empty / "latest").write_text("step-000009")  # deleted by the run, meanwhile
