@@ -730,6 +730,20 @@ def frequencies(raw):
     return network.inverse_frequencies(Config.from_dict(raw))
 
 
+def test_from_scratch():
+    """The spread that config.json names, biases 0, norms 1; the seed decides."""
+    model = Model.from_scratch(RAW, seed=1)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            assert abs(p.std() - 0.2) < 0.01, name
+        else:
+            assert torch.equal(p, torch.full_like(p, 0.0 if name.endswith("bias") else 1.0)), name
+    same, other = Model.from_scratch(RAW, seed=1), Model.from_scratch(RAW, seed=2)
+    assert torch.equal(model.norm.weight, same.norm.weight)
+    assert torch.equal(model.embed_tokens.weight, same.embed_tokens.weight)
+    assert not torch.equal(model.embed_tokens.weight, other.embed_tokens.weight)
+
+
 def test_rope_styles():
     """Old and new style agree; llama3 without its own context takes the model's."""
     raw = PUBLISHED["Llama-3.1-8B"][0]
