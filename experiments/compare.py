@@ -226,8 +226,8 @@ class Blind:
 
 class Ladder:
     """1 to 32 updates on the same rollout from the same weights and optimizer state, which are put
-    back: with GRPO's band and with ACPO's. Sums over tokens by the probability when sampled, which
-    no update moves: {"grpo 4": {"tokens": [of each bin], ...}}."""
+    back. Sums over tokens, by bins of the probability when sampled, which no update moves:
+    {"4" (updates): {"tokens": [of each bin], ...}}."""
 
     def __init__(self):
         self.found = {}
@@ -237,9 +237,9 @@ class Ladder:
             return
         weights = [p.detach().clone() for p in run.model.parameters()]
         state = copy.deepcopy(run.optimizer.state_dict())
-        for loss, k in product(("grpo", "acpo"), LADDER):
-            flags = dataclasses.replace(run.flags, loss=loss, updates=k)
-            sums = self.found.setdefault(f"{loss} {k}", {})
+        for updates in LADDER:
+            flags = dataclasses.replace(run.flags, updates=updates)
+            sums = self.found.setdefault(str(updates), {})
             climb(dataclasses.replace(run, flags=flags), rollouts, sums)
             with torch.no_grad():
                 for p, before in zip(run.model.parameters(), weights):
@@ -248,32 +248,24 @@ class Ladder:
 
 
 def climb(run, rollouts, sums):
+    """Update on `rollouts` and add to `sums`: the size of the gradient, |d loss / d logits|, at
+    each update; how far the ratio is in the end."""
     policy_loss = losses.policy_loss
 
     def watched(name, logp, old_logp, adv, mask, **how):
-        """Adds |d loss / d logits|, as it is and if nothing were clipped."""
         loss, metrics = policy_loss(name, logp, old_logp, adv, mask, **how)
-        leaf = logp.detach().requires_grad_()
-        same = {key: how[key] for key in ("group_size", "max_len", "totals")}
-        agg = losses.OBJECTIVES[name].agg
-        free, _ = policy_loss("unclipped", leaf, old_logp, adv, mask, agg=agg, **same)
-        (full,) = torch.autograd.grad(free, leaf)
-        (kept,) = torch.autograd.grad(loss, logp, retain_graph=True)
-        size = logit_norm(leaf.detach().exp(), how["sum_p2"])
-        clipped = (kept == 0) & (full != 0)
-        add(sums, old_logp.exp(), mask, clipped=clipped, full=full.abs() * size,
-            kept=kept.abs() * size)
+        (grad,) = torch.autograd.grad(loss, logp, retain_graph=True)
+        size = grad.abs() * logit_norm(logp.detach().exp(), how["sum_p2"])
+        clipped = (grad == 0) & (adv[:, None] != 0)
+        add(sums, old_logp.exp(), mask, clipped=clipped, kept=size)
         return loss, metrics
-    meter = train.Meter()
     before = stats(run, rollouts)
     with patch.object(losses, "policy_loss", watched):
         for i, minibatch in enumerate(train.minibatches(rollouts, run.flags)):
-            train.update(run, minibatch, {}, meter, first=i == 0)
+            train.update(run, minibatch, {}, train.Meter(), first=i == 0)
     moved = (stats(run, rollouts).logp - before.logp).clamp(-20, 20).expm1()
     add(sums, before.logp.exp(), before.mask, tokens=torch.ones_like(moved), moved=moved,
         moved_sq=moved**2)
-    means = meter.means()
-    add_up(sums, "band", [means.get(f"eps_bin{i}", 0.2) / EARLY for i in range(BINS)])
 
 
 @torch.no_grad()
@@ -290,14 +282,8 @@ def add(sums, p, mask, **values):
     """Adds to the lists in `sums`, by BINS bins of p, what `values` (B,T) hold inside the mask."""
     bins = losses.bin_of(p, BINS)[mask]
     for name, value in values.items():
-        more = torch.zeros(BINS, dtype=torch.double)
-        more.index_add_(0, bins, value[mask].double())
-        add_up(sums, name, more.tolist())
-
-
-def add_up(sums, name, more):
-    before = sums.get(name, [0] * BINS)
-    sums[name] = [a + b for a, b in zip(before, more)]
+        total = torch.tensor(sums.get(name, [0.0] * BINS), dtype=torch.double)
+        sums[name] = total.index_add(0, bins, value[mask].double()).tolist()
 
 
 # ---- A look inside: WAPO's cells ---------------------------------------------------------------

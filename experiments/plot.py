@@ -234,27 +234,21 @@ def ladder(lines) -> list[str]:
     some = lines.runs("grpo", 4, COMMON["chainsum"], measure="ladder")
     if not some:
         return []
-    rungs = {k: pooled(some, f"grpo {k}") for k in LADDER}
-    acpo, rows = {}, []
-    for k in LADDER:
-        acpo[k] = [width / len(some) for width in pooled(some, f"acpo {k}")["band"]]
+    rungs = {k: pooled(some, str(k)) for k in LADDER}
+    rows = []
     for k, sums in rungs.items():
-        kept = [share(line["ladder"][f"grpo {k}"]["kept"])[0] for line in some]
-        full = [share(line["ladder"][f"grpo {k}"]["full"])[0] for line in some]
+        unlikely = [share(line["ladder"][str(k)]["kept"])[0] for line in some]
         rows.append([k, spaced(ratio_std(sums), 3), spaced(clipped(sums), 1),
-                     spaced(share(sums["kept"]), 0), pm(*interval(kept)), pm(*interval(full)),
-                     spaced(acpo[k], 2)])
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.4))
+                     spaced(share(sums["kept"]), 0), pm(*interval(unlikely))])
+    titles = ("std of the ratio", "clipped by ±0.2 (% of the bin's tokens)",
+              "share of the gradient (%)")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4))
     colors = plt.cm.viridis([0.0, 0.22, 0.45, 0.68, 0.9])
     for b, color in enumerate(colors):
-        panels = ([ratio_std(sums)[b] for sums in rungs.values()],
-                  [clipped(sums)[b] for sums in rungs.values()],
-                  [share(sums["kept"])[b] for sums in rungs.values()],
-                  [widths[b] for widths in acpo.values()])
-        for axis, values in zip(axes, panels):
+        curves = [(ratio_std(sums)[b], clipped(sums)[b], share(sums["kept"])[b])
+                  for sums in rungs.values()]
+        for axis, values in zip(axes, zip(*curves)):
             axis.plot(LADDER, values, "o-", color=color, label=f"p from {b / BINS:g}")
-    titles = ("std of the ratio", "clipped by ±0.2 (% of the bin's tokens)",
-              "share of the gradient (%)", "half width of ACPO's band")
     for axis, title in zip(axes, titles):
         axis.set_title(title)
         axis.set_xscale("log", base=2)
@@ -262,8 +256,8 @@ def ladder(lines) -> list[str]:
         axis.set_xlabel("updates per rollout")
     axes[0].legend(title="probability when sampled")
     lines.save(figure, "acpo_chainsum")
-    head = ("updates", "std of the ratio", "clipped (%)", "share of the kept gradient (%)",
-            "of which p < 0.2", "p < 0.2 if nothing were clipped", "ACPO's half width")
+    head = ("updates", "std of the ratio", "clipped (%)", "share of the gradient (%)",
+            "of which p < 0.2")
     tokens = spaced(share(rungs[1]["tokens"]), 1)
     return table(f"1 to 32 updates from the same weights on the same rollout, first {EARLY} steps, "
                  f"n = {len(some)}; bins of the probability when sampled, p < 0.2 first: "
