@@ -330,14 +330,14 @@ def text_of(prompt):
     """A prompt as one text. Of chat turns: the system's words, if any, and what the user says."""
     if isinstance(prompt, list):
         turns = [(at(turn, "role"), at(turn, "content")) for turn in prompt]
-        roles = [role for role, _ in turns]
-        if roles[-1:] == ["assistant"]:  # the answer of a worked example
-            roles.pop()
-        if roles not in (["user"], ["system", "user"]):
-            raise ValueError(f"no prompt: one user turn can be asked, not turns of {roles}")
-        prompt = "\n\n".join(str(text) for _, text in turns[:len(roles)] if text)
+        if turns and turns[-1][0] == "assistant":  # the answer of a worked example
+            turns.pop()
+        if [role for role, _ in turns] not in (["user"], ["system", "user"]):
+            raise ValueError(f"no prompt: one user turn can be asked, not these: {str(turns)[:80]}")
+        if all(isinstance(text, str) for _, text in turns):
+            prompt = "\n\n".join(text for _, text in turns if text)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("no prompt: it must be a text or a list of chat turns")
+        raise ValueError("no prompt: it must be a text, or a list of chat turns that hold text")
     return prompt
 
 
@@ -718,9 +718,11 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     def work():
         try:
             for turns in conversations:
-                texts.append(tokenizer.apply_chat_template(
+                text = tokenizer.apply_chat_template(
                     turns, chat_template=template, tokenize=False, add_generation_prompt=ask,
-                    **variables))
+                    **variables)
+                text.encode()  # half a surrogate pair would stop the tokenizer
+                texts.append(text)
         except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
                 RuntimeError, SyntaxError, TypeError, ValueError) as e:
             texts.append(e)

@@ -283,7 +283,8 @@ def test_published_rows_are_read(row, prompt, answer):
     ({"text": "2+2?", "answer": "4"}, ["no prompt", "text, answer", "question"]),
     ({"prompt": "2+2?", "result": "4"}, ["no answer", "prompt, result", "reward_model.ground_truth"]),
     ({"prompt": [*ASK, DONE, *ASK], "answer": "4"}, ["user", "assistant"]),
-    ({"prompt": [], "answer": "4"}, ["no prompt"]),
+    ({"prompt": [], "answer": "4"}, ["no prompt"]), ({"prompt": 5, "answer": "4"}, ["no prompt"]),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "4"}, ["hold text"]),
     ({"prompt": "p", "answer": {"a": 3}}, ["no answer", "{'a': 3}"]),
     ({"prompt": "p", "answer": " "}, ["no answer"]), ({"prompt": "p", "answer": []}, ["no answer"]),
     ({"prompt": "p", "answer": "4", "task": "maths"}, ["maths", "did you mean math"]),
@@ -681,7 +682,7 @@ def test_a_date_in_a_chat_template_stands_still():
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 'a' + 1 }}", "TypeError"),
     ("{{ range(10000000) }}", "OverflowError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    ("{{ 10 ** 5000 }}", "ValueError"), ("{{ 'x' * 2000000 }}", "2000000 characters"),
+    ("{{ 10 ** 5000 }}", "ValueError"), ("{{ '\\ud83d' }}", "surrogates"), ("{{ 'x' * 2000000 }}", "2000000 characters"),
     ("{{ raise_exception('\x1b[2J') }}", r"TemplateError: \[2J"),
     ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}", "longer than 0.05 s")])
 def test_chat_templates_of_strangers(template, words, monkeypatch):
