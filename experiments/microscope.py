@@ -89,12 +89,17 @@ def what_fits(flags, tokens, updates) -> tuple[list[str], list[int]]:
 @torch.no_grad()
 def look(run, rollouts) -> train.TokenStats:
     """Of all rollouts in their order, (B,T) on the CPU."""
-    mask, old_logp = train.recorded(rollouts)
+    longest = max(r.length for r in rollouts)
     parts = []
-    for group in train.groups_of(rollouts, run.flags.samples):
-        _, _, *now = train.token_stats(run.model, group, run.flags)
-        parts.append([F.pad(t, (0, mask.shape[1] - t.shape[1])).cpu() for t in now])
-    return train.TokenStats(mask.cpu(), old_logp.cpu(), *map(torch.cat, zip(*parts)))
+    for group in train.groups_of(rollouts, run.flags.samples):  # so that long ones fit, too
+        stats = train.token_stats(run.model, group, run.flags)
+        parts.append([padded(t, longest).cpu() for t in stats])
+    columns = [torch.cat(column) for column in zip(*parts)]
+    return train.TokenStats(*columns)
+
+
+def padded(t, length):
+    return F.pad(t, (0, length - t.shape[1]))
 
 
 # ---- One objective -------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def through(name, views, rollouts, flags) -> dict:
     """What the page knows of an objective."""
     train.assign_advantages(rollouts, replace(flags, loss=name))
     lenses = [Lens(name, view, rollouts, flags) for view in views]
-    return {"advantage": [round(r.advantage, 6) for r in rollouts],
+    return {"advantage": rounded(train.per_rollout(rollouts, "advantage")),
             "views": [lens.seen() for lens in lenses], "band": band(lenses)}
 
 
@@ -115,7 +120,7 @@ class Lens:
         if name == flags.loss:
             self.how |= flags.hyperparameters()
         advantage = train.per_rollout(rollouts, "advantage").cpu()
-        self.inputs = view._asdict() | {
+        self.inputs = view._asdict() | {  # by policy_loss's names
             "adv": advantage[:, None].expand(view.mask.shape),
             "pass_rate": train.per_rollout(rollouts, "pass_rate").cpu()}
         self.totals, statistics = {}, losses.OBJECTIVES[name].statistics
@@ -154,9 +159,10 @@ class Lens:
         bins = (p[mask] * 10).long().clamp(max=9)
         count = bins.bincount(minlength=10)
         sums = torch.zeros(2, 10).index_add_(1, bins, torch.stack([kept, clipped]))
-        share = (sums / sums.sum().clamp(min=1e-30)).double().round(decimals=5).tolist()
-        return {"w": packed(w[mask]), "state": "".join(map(str, state[mask].tolist())),
-                "kept": share[0], "clipped": share[1], "count": count.tolist()}
+        share = sums / sums.sum().clamp(min=1e-30)  # all 0 where no token has an advantage
+        digits = "".join(str(s) for s in state[mask].tolist())
+        return {"w": packed(w[mask]), "state": digits, "count": count.tolist(),
+                "kept": rounded(share[0]), "clipped": rounded(share[1])}
 
     def probe(self, logp, log_ratio, sign, company=False):
         """Weights of made-up responses (N,T), A = sign, half of the group right: alone, or in
@@ -166,15 +172,14 @@ class Lens:
                 "entropy": one, "sum_p2": one / 2, "pass_rate": one[:, :1] / 2}
         if company:
             for name, real in self.inputs.items():
-                real = real.view(len(real), -1).to(one)
-                t = F.pad(made[name], (0, real.shape[1] - made[name].shape[1]))
-                made[name] = torch.cat([t, real])
+                real = real.view(len(real), -1).to(one)  # pass_rate is (B,)
+                made[name] = torch.cat([padded(made[name], real.shape[1]), real])
         return self.weights(made)[:len(one), :one.shape[1]]
 
 
 # ---- Its band, found by trying -------------------------------------------------------------------
 
-P = ((torch.arange(50.0, dtype=torch.float64)[:, None] + 0.5) / 50).log()  # (50,1), log p
+P = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)[:, None].log()  # (50,1), log p
 OUTWARD = torch.logspace(-4, 0.5, 2000, dtype=torch.float64)  # log ratios, 0.5 % apart
 
 
@@ -195,19 +200,22 @@ def band(lenses) -> dict:
 
 
 def edge(lens, sign, side) -> dict:
-    """The log ratio at which w becomes 0 on one side of ratio 1 or, where it never does, stops being
-    ratio x A: at each p, None where there is none. A w that bends from the start has none."""
-    log_ratio = side * OUTWARD.repeat(len(P))[:, None]  # all of them at each p
-    w = lens.probe(P.repeat_interleave(len(OUTWARD), 0), log_ratio, sign).view(len(P), -1)
+    """The log ratio at which w becomes 0 on one side of ratio 1 or, where it never does, stops
+    being ratio x A: at each p, None where there is none."""
+    walk = side * OUTWARD
+    # Every log ratio at every p, each a response of one token.
+    logp, log_ratio = (t.reshape(-1, 1) for t in torch.broadcast_tensors(P, walk))
+    w = lens.probe(logp, log_ratio, sign).view(len(P), -1)  # (50,2000)
     at_1 = lens.probe(P, 0.0, sign)
     ends = w[:, -1:] == 0
-    follows = (w - at_1 * (side * OUTWARD).exp()).abs() <= 1e-5 * w.abs()
-    steps = ((w != 0) & (ends | follows)).cumprod(1).sum(1)
+    follows = (w - at_1 * walk.exp()).abs() <= 1e-5 * w.abs()
+    inside = (w != 0) & (ends | follows)
+    steps = inside.cumprod(1).sum(1)  # until the first that is not
     found, capped = [], False
     for p, n, zero in zip(P, steps.tolist(), ends):
-        # Beyond log ratio = log p, p_old would be above 1.
-        exists = (0 if zero else 1000) < n < len(OUTWARD) and side * OUTWARD[n] > p
-        found.append(round(side * OUTWARD[n].item(), 5) if exists else None)
+        first = 0 if zero else 1000  # a w that bends before ratio 1.02 is smooth: no edge
+        exists = first < n < len(walk) and walk[n] > p  # beyond, p_old would be above 1
+        found.append(round(walk[n].item(), 5) if exists else None)
         capped |= bool(exists and not zero)
     return {"sign": sign, "capped": capped, "edge": found}
 
@@ -240,8 +248,8 @@ def add_response(group, tokens, score, status, finished, length) -> None:
 
 def samples(path) -> dict:
     """The page of eval's samples_TASK.jsonl: a group is a question, a response one "token"."""
-    groups, lines = {}, path.read_text().splitlines()
-    for line in lines:
+    groups = {}
+    for line in path.read_text().splitlines():
         if line.endswith("}"):  # the last of an evaluation that still goes on may not
             row = json.loads(line)
             group = new_group(row["id"], row["prompt"], row["answer"])
@@ -249,10 +257,14 @@ def samples(path) -> dict:
                          row["status"], row["finished"], row["length"])
     if not groups:
         raise ValueError(f"{path}: no responses in it; eval.py writes such files")
-    about = f"{path}: {len(lines):,} responses to {len(groups):,} questions"
-    kinds = {response["kind"] for group in groups.values() for response in group["responses"]}
+    kinds = [r["kind"] for group in groups.values() for r in group["responses"]]
+    about = f"{path}: {len(kinds):,} responses to {len(groups):,} questions"
     return {"title": path.name, "about": about, "groups": list(groups.values()), "loss": "",
-            "kinds": sorted(kinds), "lenses": {}, "updates": []}
+            "kinds": sorted(set(kinds)), "lenses": {}, "updates": []}
+
+
+def rounded(t) -> list[float]:
+    return [round(x, 5) for x in t.tolist()]
 
 
 def packed(t, dtype=torch.float16) -> str:
@@ -280,7 +292,8 @@ def main(argv) -> None:
     if source.endswith(".jsonl"):
         return write(samples(Path(source)), known.page)
     own = ["--loss", known.loss, "--prompts", known.groups, "--updates", "1", "--kl_beta", "0"]
-    if (Path(source) / "latest").is_file() and source:
+    if source and (Path(source) / "latest").is_file():  # a run
+        # Its --loss_args may be another objective's.
         own = [*train.flags_of_run(source), *own, "--loss_args", "--resume", "False"]
     flags = train.parse([*own, "--model", source, *rest])
     write(microscope(flags, known.updates), known.page)

@@ -305,6 +305,7 @@ def test_hostile_text_stays_text(tmp_path):
         assert page.read_text().lower().count(tag) == template.lower().count(tag)
     assert template.count("__DATA__") == 1
     held = held_by(page)
+    assert held["about"].endswith("3 responses to 2 questions")  # and half a line
     assert held["groups"][0]["prompt"] == held["groups"][0]["responses"][0]["tokens"][0] == HOSTILE
     assert [r["kind"] for g in held["groups"] for r in g["responses"]] == [
         "wrong", "right", "truncated"]
