@@ -323,6 +323,21 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
+class RMSNorm(nn.RMSNorm):
+    """On a CPU in five calls instead of ten: with few rows their number is what costs."""
+
+    def __init__(self, size, eps):
+        super().__init__(size, eps)
+        self.eps_tensor = torch.tensor(eps, device="cpu")
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt()
+        return x * scale * self.weight
+
+
 def rotate(x, cos, sin):
     """x (N,H,h) turned, in the half-split form; cos is (cos, cos), sin is (-sin, sin): (N,1,h)."""
     a, b = x.chunk(2, -1)
@@ -340,7 +355,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.o_proj = Linear(queries, c.hidden_size, bias=c.o_bias)
-        norm = nn.RMSNorm if c.qk_norm else nn.Identity
+        norm = RMSNorm if c.qk_norm else nn.Identity
         self.q_norm = norm(c.head_dim, c.rms_norm_eps)
         self.k_norm = norm(c.head_dim, c.rms_norm_eps)
 
@@ -350,8 +365,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(N, -1, h))  # (N,Hkv,h)
         v = self.v_proj(x).view(N, -1, h)
         if self.rotary:
-            q = rotate(q, *rope)
-            k = rotate(k, *rope)
+            qk = rotate(torch.cat((q, k), 1), *rope)  # one call for both
+            q, k = qk.split((q.shape[1], k.shape[1]), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(-2))
 
 
@@ -369,9 +384,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, rotary):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, rotary)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, rope, attend, layer):
@@ -451,7 +466,7 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         blocks = [Block(config, config.rotary[i]) for i in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # a plain attribute: no weight, and never cast to bfloat16

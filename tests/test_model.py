@@ -608,8 +608,8 @@ def test_files_are_on_the_disk_before_their_names(checkpoint, operations):
 
 def test_damage_is_named(checkpoint):
     (checkpoint / "resume").mkdir()
-    state = checkpoint / "resume/state.json"
-    state.write_text(json.dumps({"checksums": checksums(checkpoint)}))
+    sums = checkpoint / "resume/checksums.json"
+    sums.write_text(json.dumps(checksums(checkpoint)))
     assert damaged(checkpoint) == ""
     content = bytearray((checkpoint / "model.safetensors").read_bytes())
     content[-5] ^= 1
