@@ -548,7 +548,7 @@ def test_nothing_that_resume_reads_is_unpickled(run, half, tmp_path):
 @pytest.mark.parametrize("file, text, said", [
     ("config.json", "[]", "config.json"), ("config.json", '{"lr": null}', "--lr"),
     ("config.json", '{"steps": {"a": 1}}', "--steps"), ("config.json", '{"lr": Infinity}', "--lr"),
-    ("config.json", '{"loss": "\\u001b[31m"}', "unknown objective"),
+    ("config.json", '{"loss": "\\u001b[31m"}', "unknown loss"),
     ("metrics.jsonl", "{}\n{}\n", "line 1"), ("metrics.jsonl", "[[[", "line 1"),
     ("latest", "\x1b[31m", "--resume_from"), ("latest", "a\nb", "--resume_from"),
     ("step-000002/resume/state.json", '{"step": 3, "position": 12}', "state.json"),
