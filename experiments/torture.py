@@ -1,4 +1,4 @@
-"""What a run survives: kills, power cuts, flipped bits, full disks, other runs, hostile directories.
+"""What a run survives: kills, power cuts, flipped bits, full disks, other runs, strangers' files.
 
     python experiments/torture.py              # all of it; the table goes into docs/reliability.md
     python experiments/torture.py bits ranks   # some of it, printed
@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +42,8 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
 
-SMALL = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8 --updates 2
---eval_problems 4 --max_new_tokens 6 --lr 0.003 --save_every 1""".split()
+SMALL = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8
+--updates 2 --eval_problems 4 --max_new_tokens 6 --lr 0.003 --save_every 1""".split()
 TIMING = {"rollout_tps", "update_tps", "seconds"}
 TOP = Path(tempfile.mkdtemp(prefix="torture-"))
 ATTACKS = {}  # name: (what is done, generator of outcomes)
@@ -450,12 +451,6 @@ def hang():
     time.sleep(10**6)
 
 
-def told():
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.1)  # the thread that reads signals
-    train.update = None  # told again in the next update would be a second signal
-
-
 @attack("one of two ranks killed or hanging, in sampling, update and save")
 def ranks():
     for rank, function, action in itertools.product((0, 1), ("sample", "update", "save"),
@@ -555,63 +550,71 @@ class Attack:
 
 
 WRONG = (None, [], {"a": 1}, "\x1b[31mx", "../..", 1e999, 10**30, -1, True, [["--out", "victim"]])
+TEXTS = ("", "[]", "{}", "{", "null", "\xff", "[" * 100_000, '{"checksums": "x"}')
+
+
+def write(name, text, r):
+    (r / name).write_text(text, encoding="latin-1")
+
+
+def edit(name, key, value, r):
+    found = json.loads((r / name).read_text()) | {key: value}
+    (r / name).write_text(json.dumps(found))
+
+
+def edit_state(key, value, r):
+    """With checksums that fit, as a stranger's would."""
+    edit("step-000002/resume/state.json", key, value, r)
+    sums = train.checksums(r / "step-000002")
+    write("step-000002/resume/checksums.json", json.dumps(sums), r)
+
+
+def edit_metrics(key, value, r):
+    lines = [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
+    lines[0][key] = value
+    write("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines), r)
+
+
+def spoil_metrics(line, r):
+    lines = (r / "metrics.jsonl").read_text().splitlines()
+    write("metrics.jsonl", "\n".join([line, *lines[1:], ""]), r)
+
+
+def put_pickle(name, r):
+    (r / name).write_bytes(pickle.dumps(Attack(r.parent / "touched")))
+
+
+def put_fifo(name, r):
+    os.mkfifo(r / name)
+
+
+def put_link(name, r):
+    (r / name).unlink(missing_ok=True)
+    (r / name).symlink_to(r.parent / "victim")
 
 
 def hostile_files():
-    """(name, function of the run directory): each does one thing that a stranger may have done."""
-    pickles = ".metadata state.pt optimizer.bin __0_0.distcp model.safetensors pytorch_model.bin"
-    for name in pickles.split():
-        def put(r, name=name):
-            (r / "step-000002/resume" / name).write_bytes(pickle.dumps(Attack(r.parent / "touched")))
-        yield f"pickle {name}", put
-    for text in ("../victim", "/etc", "step-000002/resume", "\x1b[31m", "x\ny", "step-000009", ""):
-        def point(r, text=text):
-            (r / "latest").write_text(text)
-        yield f"latest {text!r}", point
+    """(name, function of the run directory r): each does one thing that a stranger may do."""
+    resume = "step-000002/resume"
+    for name in ".metadata state.pt optimizer.bin __0_0.distcp model.safetensors".split():
+        yield f"pickle {name}", partial(put_pickle, f"{resume}/{name}")
+    yield "fifo", partial(put_fifo, f"{resume}/z.safetensors")
+    for text in ("../victim", "/etc", resume, "\x1b[31m", "x\ny", "step-000009", ""):
+        yield f"latest {text!r}", partial(write, "latest", text)
     for name in (".lock", ".latest", "metrics.jsonl", "config.json", "step-000003", ".step-000003",
                  "curves.png", ".curves.png"):
-        def link(r, name=name):
-            target = r.parent / ("config.json" if name == "config.json" else "victim")
-            if name == "config.json":
-                shutil.copy(r / name, target)
-            (r / name).unlink(missing_ok=True)
-            (r / name).symlink_to(target)
-        yield f"link {name}", link
+        yield f"link {name}", partial(put_link, name)
     for key, value in itertools.product(("step", "position"), WRONG):
-        def state(r, key=key, value=value):
-            edit(r / "step-000002/resume/state.json", key, value)
-            sums = train.checksums(r / "step-000002")
-            (r / "step-000002/resume/checksums.json").write_text(json.dumps(sums))
-        yield f"state.json {key} {value!r}", state
+        yield f"state.json {key} {value!r}", partial(edit_state, key, value)
     for line in ("", "{", "[]", "1", '{"step": 1}', "\0" * 50, "[" * 100_000, "9" * 5000):
-        def spoil(r, line=line):
-            lines = (r / "metrics.jsonl").read_text().splitlines()
-            (r / "metrics.jsonl").write_text("\n".join([line, *lines[1:], ""]))
-        yield f"metrics.jsonl line {line:.20}", spoil
-    for value in WRONG:
-        def number(r, value=value):
-            lines = [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
-            lines[0]["reward"] = value
-            text = "".join(json.dumps(m) + "\n" for m in lines)
-            (r / "metrics.jsonl").write_text(text)
-        yield f"metrics.jsonl reward {value!r}", number
-    for text in ("", "[]", "{}", "{", "null", "\xff", "[" * 100_000, '{"checksums": "x"}'):
-        for file in ("step-000002/resume/state.json", "step-000002/resume/checksums.json",
-                     "step-000002/config.json", "config.json"):
-            def replace_text(r, file=file, text=text):
-                (r / file).write_text(text, encoding="latin-1")
-            yield f"{file} {text:.20}", replace_text
-    def fifo(r):
-        os.mkfifo(r / "step-000002/resume/z.safetensors")
-    yield "fifo", fifo
+        yield f"metrics.jsonl line {line:.20}", partial(spoil_metrics, line)
+    for key, value in itertools.product(("step", "reward"), WRONG):
+        yield f"metrics.jsonl {key} {value!r}", partial(edit_metrics, key, value)
+    for file, text in itertools.product((f"{resume}/state.json", f"{resume}/checksums.json",
+                                         "step-000002/config.json", "config.json"), TEXTS):
+        yield f"{file} {text:.20}", partial(write, file, text)
     for name, value in itertools.product(train.Flags.__dataclass_fields__, WRONG):
-        def flag(r, name=name, value=value):
-            edit(r / "config.json", name, value)
-        yield f"config.json {name} {value!r}", flag
-
-
-def edit(path, key, value):
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        yield f"config.json {name} {value!r}", partial(edit, "config.json", name, value)
 
 
 @attack("run directories from strangers: pickles, links, names and numbers of every wrong kind")
@@ -621,46 +624,52 @@ def strangers():
         (cwd / "victim").write_text("mine")
         change(cwd / "r")
         code, = end(start(cwd, "--resume", "--steps", 3, "--out", "r"), 60)
-        outcome = "survived" if code == 0 else "refused" if code == 1 and has_line(cwd) else "silent"
         harmed = (cwd / "touched").exists() or (cwd / "victim").read_text() != "mine"
-        yield what, "silent" if harmed else outcome
+        yield what, "silent" if harmed else ended(cwd, code)
+
+
+def ended(cwd, code):
+    """The outcome where there is nothing to compare with."""
+    if code == 0:
+        return "survived"
+    return "refused" if code == 1 and has_line(cwd) else "silent"
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
+         "num_attention_heads", "max_position_embeddings")
+TEMPLATES = ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 1/0 }}", "{{",
+             "{% include 'victim' %}", "{{ raise_exception('a\nb') }}",
+             "{{ ''.__class__.__mro__[1].__subclasses__() }}")
+
+
+def index_to(where, m):
+    places = dict.fromkeys(load_file(m / "model.safetensors"), where)
+    write("model.safetensors.index.json", json.dumps({"weight_map": places}), m)
+
+
+def put_template(template, m):
+    edit("tokenizer_config.json", "chat_template", template, m)
+    write("chat_template.jinja", template, m)
+
+
+def only_pickle(m):
+    (m / "model.safetensors").unlink()
+    put_pickle("pytorch_model.bin", m)
 
 
 def hostile_models():
-    """(name, function of a model directory)."""
-    huge = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
-            "num_attention_heads", "max_position_embeddings")
-    for key, value in itertools.product(huge, (10**12, 0, -1, None, "x", 1e999)):
-        def change(m, key=key, value=value):
-            edit(m / "config.json", key, value)
-        yield f"config.json {key} {value!r}", change
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
-        for content in (b"", b"{", b"[]", b"{}", b"\xff" * 16, b"null", b"[" * 100_000):
-            def change(m, name=name, content=content):
-                (m / name).write_bytes(content)
-            yield f"{name} {content[:10]}", change
+    """(name, function of the model directory m)."""
+    for key, value in itertools.product(SIZES, (10**12, 0, -1, None, "x", 1e999)):
+        yield f"config.json {key} {value!r}", partial(edit, "config.json", key, value)
+    for name, text in itertools.product(("config.json", "tokenizer.json", "tokenizer_config.json",
+                                         "model.safetensors"), TEXTS):
+        yield f"{name} {text:.20}", partial(write, name, text)
     for where in ("../victim", "/etc/passwd", "no.safetensors", "", None, 1):
-        def change(m, where=where):
-            keys = load_file(m / "model.safetensors")
-            index = {"weight_map": {key: where for key in keys}}
-            (m / "model.safetensors.index.json").write_text(json.dumps(index))
-        yield f"index {where!r}", change
-    for template in ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 1/0 }}",
-                     "{% include 'victim' %}", "{{ raise_exception('a\nb') }}", "{{",
-                     "{{ ''.__class__.__mro__[1].__subclasses__() }}"):
-        def change(m, template=template):
-            edit(m / "tokenizer_config.json", "chat_template", template)
-            (m / "chat_template.jinja").write_text(template)
-        yield f"template {template:.30}", change
-
-    def binary(m):
-        (m / "model.safetensors").unlink()
-        (m / "pytorch_model.bin").write_bytes(pickle.dumps(Attack(m.parent / "touched")))
-    yield "pickle", binary
-
-    def link(m):
-        (m / "vocab.txt").symlink_to(m.parent / "victim")
-    yield "link", link
+        yield f"index to {where!r}", partial(index_to, where)
+    for template in TEMPLATES:
+        yield f"template {template}", partial(put_template, template)
+    yield "pickle", only_pickle
+    yield "link", partial(put_link, "vocab.txt")
 
 
 @attack("model directories from strangers")
@@ -672,9 +681,8 @@ def strange_models():
         change(cwd / "m")
         flags = [*SMALL, "--model", "m", "--steps", 1, "--out", "r"]
         code, = end(start(cwd, *flags), 90)
-        outcome = "survived" if code == 0 else "refused" if code == 1 and has_line(cwd) else "silent"
-        copied = [p for p in (cwd / "r").rglob("*") if p.is_file() and "mine" in p.read_text("latin-1")]
-        yield what, "silent" if (cwd / "touched").exists() or copied else outcome
+        copied = [p for p in (cwd / "r").rglob("vocab.txt")]
+        yield what, "silent" if (cwd / "touched").exists() or copied else ended(cwd, code)
 
 
 # ---- The table ---------------------------------------------------------------------------------
