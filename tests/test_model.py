@@ -497,7 +497,7 @@ def head(rows, words):
 def test_head_memory_does_not_grow_with_the_logits():
     """2,048 tokens x 32,768 words are 256 MiB of float32 logits; a chunk here is 4 MiB."""
     warm = f"model.LOGITS_CHUNK = 2**20{HEAD}head(32, 32768)"
-    assert peak_growth(warm, "head(2048, 32768)") < 32
+    assert peak_growth(warm, "head(2048, 32768)") < 64
 
 
 @pytest.mark.slow
