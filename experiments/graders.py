@@ -113,7 +113,8 @@ def batches(path):
     bombs = [("math", r"\boxed{%s}" % (BOMBS[i % len(BOMBS)] % (i + 10)), {"answer": "x+1"})
              for i in range(512)]
     pick = random.Random(0)
-    few = [bomb if i % 33 == 0 else pick.choice(math) for i, bomb in enumerate(bombs)]
+    few = pick.choices(math, k=496) + bombs[:16]
+    pick.shuffle(few)
     return {"mixed": pick.choices(quick, k=512), "math": pick.choices(math, k=512),
             "math, 3 % bombs": few, "bombs": bombs,
             "bombs that no rule refuses": [b for b in bombs if "9999" in b[1] or "int" in b[1]]}
