@@ -250,15 +250,25 @@ def test_what_made_a_weight_zero(shown):
     assert chosen.sum().item() == pytest.approx(shares.sum().item())
 
 
-def test_share_of_what_is_clipped():
-    """Two responses of one group by hand: ratio 1.5 is clipped where A > 0, not where A < 0."""
-    flags = microscope.train.parse(["--loss", "grpo", "--samples", "2"])
-    old_logp = torch.tensor([[0.1, 0.5, 0.25], [0.1, 0.5, 1.0]]).log()
-    logp = old_logp + torch.tensor([[1.5, 1.0, 1.0], [1.5, 1.0, 1.0]]).log()
+def seen_by_hand(name, p_old, ratios):
+    """A winner of three tokens and a loser of two."""
+    flags = microscope.train.parse(["--loss", name, "--samples", "2"])
+    old_logp = torch.tensor(p_old).log()
+    logp = old_logp + torch.tensor(ratios).log()
     mask = torch.tensor([[True, True, True], [True, True, False]])
     view = microscope.train.TokenStats(mask, old_logp, logp, mask * 1.0, torch.full((2, 3), 0.4))
     rollouts = [microscope.train.Rollout([], 0, [], True, advantage=A) for A in (1.0, -1.0)]
-    seen = microscope.Lens("grpo", view, rollouts, flags).seen()
+    return microscope.Lens(name, view, rollouts, flags).seen()
+
+
+def test_the_dual_clip_is_told_from_the_lower_bound():
+    seen = seen_by_hand("acpo", [[0.9, 0.9, 0.9], [0.1, 0.5, 1.0]], [[1.0] * 3, [3.5, 0.05, 1.0]])
+    assert seen["state"] == "00032"
+
+
+def test_share_of_what_is_clipped():
+    """By hand: ratio 1.5 is clipped where A > 0, not where A < 0."""
+    seen = seen_by_hand("grpo", [[0.1, 0.5, 0.25], [0.1, 0.5, 1.0]], [[1.5, 1.0, 1.0]] * 2)
     size = [(1 - 2 * p + 0.4)**0.5 for p in (0.15, 0.5, 0.25)]  # of the three kinds of tokens
     kept, clipped = [0.0] * 10, [0.0] * 10
     clipped[1] = 1.5 * size[0] / 3
