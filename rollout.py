@@ -81,7 +81,8 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
 
     ends = model.eos_ids if eos_ids is None else eos_ids
     ends = {e for e in ends if e is not None and 0 <= e < model.config.vocab_size}
-    decoder = Decoder(model, slots, length, max_new_tokens, temperature, top_p, ends)
+    decoder = Decoder(model, slots, length, max_new_tokens, ends,
+                      temperature=temperature, top_p=top_p)
     batch = Batch(decoder, requests, ends, stop, tokenizer)
     batch.refill([])
     while batch.live:
@@ -160,8 +161,7 @@ class Batch:
     def harvest(self):
         """The rows that are over; what they hold becomes their requests' results."""
         d = self.decoder
-        alive = d.alive[:self.live].tolist()
-        made = d.made[:self.live].tolist()
+        _, _, made, alive = d.state[:, :self.live].tolist()
         over = [row for row in range(self.live) if not alive[row]]
         for row in over:
             request = self.request[row]
@@ -240,13 +240,12 @@ class Decoder:
     Weights move at every FSDP unshard and the cache must make room for the update: a Decoder
     with all its graphs lives for one generate()."""
 
-    def __init__(self, model, slots, length, max_new_tokens, temperature, top_p, ends):
+    def __init__(self, model, slots, length, max_new_tokens, ends, **how):
         self.model = model
         self.cache = Cache(model, slots, length)
         self.slots = slots
         self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
+        self.how = how  # temperature, top_p
         device = model.embed_tokens.weight.device
         self.device = device
         self.on_gpu = device.type == "cuda"
@@ -274,7 +273,7 @@ class Decoder:
         hidden = self.model.body(token, position, attend, rope)  # (n,D)
         column = made[:, None]
         u = self.u[:n].gather(1, column)[:, 0]
-        new, logp = draw(self.model.logits(hidden), u, self.temperature, self.top_p)
+        new, logp = draw(self.model.logits(hidden), u, **self.how)
         self.drawn[:n].scatter_(1, column, new[:, None])
         self.logp[:n].scatter_(1, column, logp[:, None])
         token.copy_(new)
@@ -401,8 +400,8 @@ class Cache:
                                    enable_gqa=q.shape[1] != heads)
             return attend
 
-        seen = torch.arange(length, device=device) <= position[:, None]  # (n,length)
-        mask = torch.where(seen, 0.0, -torch.inf).to(self.kv.dtype)
+        unseen = torch.arange(length, device=device) > position[:, None]  # (n,length)
+        mask = self.kv.new_zeros(n, length).masked_fill_(unseen, -torch.inf)
         mask = mask.repeat_interleave(heads, 0)[:, None]  # (n*Hkv,1,length)
 
         def attend(layer, q, k, v):
@@ -418,11 +417,10 @@ def decode_kernel(device, dtype, head_dim) -> str:
     """What attends to the cache: flash-attn if installed, else PyTorch's copy of it where that
     can read a part of each sequence, else two batched matmuls."""
     kernel = attention_kernel(device, dtype)
-    if kernel == "flash-attn":
-        return kernel
-    if kernel == "torch varlen" and "seqused_k" in inspect.signature(varlen_attn).parameters:
-        return kernel if head_dim % 8 == 0 else "matmul"  # it takes no other sizes
-    return "matmul"
+    if kernel == "torch varlen":
+        can = {"seqused_k", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+        return kernel if can and head_dim % 8 == 0 else "matmul"  # it takes no other sizes
+    return kernel if kernel == "flash-attn" else "matmul"
 
 
 def capture(step, pool):

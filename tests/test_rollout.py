@@ -99,21 +99,21 @@ def test_every_slot_count_and_order_draws_the_same(monkeypatch):
                         lambda *size, **kw: fresh(*size, **kw).fill_(math.nan))
     model, prompts = build(), some_prompts(40)
     seeds = list(range(100, 140))
-    whole = generate(model, prompts, 4, 60, seed=seeds)
+    whole = generate(model, prompts, 4, 40, seed=seeds)
     assert sum(r.length for r in whole) > 2000
     pairs = []
     for slots, some in ((1, 5), (7, 20), (64, 40)):
-        other = generate(model, prompts[:some], 4, 60, seed=seeds[:some], slots=slots)
+        other = generate(model, prompts[:some], 4, 40, seed=seeds[:some], slots=slots)
         pairs += [(a, b, k) for k, (a, b) in enumerate(zip(whole, other))]
     order = random.Random(1).sample(range(40), 40)
-    shuffled = generate(model, [prompts[i] for i in order], 4, 60, seed=[seeds[i] for i in order])
+    shuffled = generate(model, [prompts[i] for i in order], 4, 40, seed=[seeds[i] for i in order])
     for k, i in enumerate(order):
         pairs += [(whole[4 * i + j], shuffled[4 * k + j], 4 * i + j) for j in range(4)]
     differing = [(a, b, k) for a, b, k in pairs if a.tokens != b.tokens]
     print(f"{len(differing)} of {len(pairs)} responses differ")
     assert len(differing) <= 2
     assert all(at_an_edge(model, a, b, seeds[k // 4], k % 4) for a, b, k in differing)
-    fewer = generate(model, prompts, 2, 60, seed=seeds)  # sample j does not depend on n
+    fewer = generate(model, prompts, 2, 40, seed=seeds)  # sample j does not depend on n
     assert tokens_of(fewer) == [whole[4 * i + j].tokens for i in range(40) for j in range(2)]
 
 
@@ -146,9 +146,9 @@ def test_the_recorded_logp_is_that_of_the_whole_distribution():
 
 
 def test_distribution_is_softmax():
-    """Chi-square of 40,000 first tokens against softmax on 29 words; the 1e-6 quantile at 28
+    """Chi-square of 20,000 first tokens against softmax on 29 words; the 1e-6 quantile at 28
     degrees of freedom is 81."""
-    model, n, prompt = build(), 40_000, [5, 6, 7]
+    model, n, prompt = build(), 20_000, [5, 6, 7]
     first = [r.tokens[3] for r in generate(model, [prompt], n, 1, seed=11)]
     counts = torch.bincount(torch.tensor(first), minlength=V)
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_a_prompt_is_computed_once(monkeypatch):
                         lambda self, new: (seen.append([p for _, p in new]), prefill(self, new)))
     expected = tokens_of(generate(model, prompts, 5, 12, seed=2))
     assert max(sum(map(len, part)) for part in seen) <= 45 and max(map(len, seen)) > 1
-    for slots in (1, 3, 4, 45):
+    for slots in (2, 3, 45):
         seen.clear()
         assert tokens_of(generate(model, prompts, 5, 12, seed=2, slots=slots)) == expected
         assert [p for part in seen for p in part] == prompts
@@ -313,8 +313,8 @@ def test_nothing_is_left_of_a_rollout(monkeypatch):
     model, left, computed = build(), [], []
     init, store = rollout.Decoder.__init__, rollout.Cache.store
 
-    def made(self, *args):
-        init(self, *args)
+    def made(self, *args, **how):
+        init(self, *args, **how)
         left.extend(weakref.ref(x) for x in (self, self.cache, self.cache.kv))
 
     def stored(self, layer, slot, position, k, v):
@@ -493,8 +493,8 @@ def graphs(monkeypatch):
     recorded = []
     init = rollout.Decoder.__init__
 
-    def on_gpu(self, *args):
-        init(self, *args)
+    def on_gpu(self, *args, **how):
+        init(self, *args, **how)
         self.on_gpu = True
 
     def capture(step, pool):
@@ -510,7 +510,9 @@ def test_a_captured_step_draws_the_same(family, request):
     """As on CUDA: bucketed row counts, each shape captured at its fourth step, replays that see
     static buffers alone."""
     model, prompts = build(family), some_prompts(15)
-    ways = dict(), dict(slots=7), dict(top_p=0.9), dict(temperature=0)
+    ways = [dict(), dict(slots=7)]
+    if family == "qwen2":
+        ways += [dict(top_p=0.9), dict(temperature=0)]
     expected = [tokens_of(generate(model, prompts, 3, 40, seed=2, **how)) for how in ways]
     graphs = request.getfixturevalue("graphs")
     for how, tokens in zip(ways, expected):
@@ -536,6 +538,18 @@ def test_a_step_never_waits_for_the_host_and_has_fixed_shapes(monkeypatch):
     assert {"mm", "baddbmm", "_softmax", "scatter_", "searchsorted", "sort", "argmax"} <= called
     assert not called & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique",
                          "_unique2", "is_nonzero", "equal"}
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 0.9), (0, 1.0)])
+def test_a_step_takes_nothing_from_the_cpu(temperature, top_p):
+    """On CUDA a number of Python becomes part of a kernel or a tensor on the CPU, which cannot be
+    copied while a graph is recorded. The meta device shows which; it takes no memory either."""
+    config = build().config
+    with torch.device("meta"):
+        decoder = rollout.Decoder(Model(config), 8, 40, 20, [EOS],
+                                  temperature=temperature, top_p=top_p)
+    for op, args, kwargs, _ in Recorded(lambda: decoder.step(5, 24)).calls:
+        assert all(x.device.type == "meta" for x in tensors([*args, *kwargs.values()])), op
 
 
 def test_graph_shapes_are_few():
@@ -598,12 +612,12 @@ def fake_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
 @every_family
 @pytest.mark.parametrize("kernel", ["flash-attn", "torch varlen"])
 def test_the_kernels_of_a_gpu_give_the_same(family, kernel, monkeypatch):
-    model, prompts = build(family), some_prompts(12)
-    plain = tokens_of(generate(model, prompts, 3, 40, seed=2, slots=7))
+    model, prompts = build(family), some_prompts(8)
+    plain = tokens_of(generate(model, prompts, 3, 25, seed=2, slots=7))
     monkeypatch.setattr(rollout, "decode_kernel", lambda *_: kernel)
     monkeypatch.setattr(rollout, "flash_attn_with_kvcache", fake_with_kvcache)
     monkeypatch.setattr(rollout, "varlen_attn", fake_varlen_attn)
-    assert tokens_of(generate(model, prompts, 3, 40, seed=2, slots=7)) == plain
+    assert tokens_of(generate(model, prompts, 3, 25, seed=2, slots=7)) == plain
 
 
 def test_the_kernel_is_one_that_can(monkeypatch):
@@ -614,7 +628,7 @@ def test_the_kernel_is_one_that_can(monkeypatch):
     monkeypatch.setattr(rollout, "attention_kernel", lambda *_: "torch varlen")
     monkeypatch.setattr(rollout, "varlen_attn", fake_varlen_attn)
     assert chosen() == "torch varlen" and chosen(12) == "matmul"
-    monkeypatch.setattr(rollout, "varlen_attn", lambda query, key, value: None)
+    monkeypatch.setattr(rollout, "varlen_attn", lambda query, key, value, seqused_k: None)
     assert chosen() == "matmul"
     monkeypatch.setattr(rollout, "attention_kernel", lambda *_: "flash-attn")
     assert chosen() == "flash-attn"
