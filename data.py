@@ -355,9 +355,10 @@ def answer_of(row, task):
         return {"answer": golds(answer)}
     if str(answer).startswith(("[", "{")):  # a list or an object, perhaps stored as text
         answer = present(parsed(answer))
-    roles = answer.values() if task == "kk" and isinstance(answer, dict) else [task]
-    if task == "kk" and not {"knight", "knave"}.issuperset(roles):
-        raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
+    if task == "kk":
+        roles = answer.values() if isinstance(answer, dict) else [answer]
+        if not {"knight", "knave"}.issuperset(roles):
+            raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
     return {"answer": answer}
 
 

@@ -1,4 +1,4 @@
-"""data.py: what a wrong problem set would spoil silently. Each test names the failure it prevents."""
+"""data.py: what a wrong problem set would spoil silently. Each test names what it prevents."""
 import hashlib
 import itertools
 import json
@@ -69,10 +69,13 @@ def table_answer(prompt):
 @pytest.mark.parametrize("name", TASKS)
 def test_no_seed_puts_a_training_problem_into_the_test_set(name):
     """Also not in another order, or through the demonstrations of the warm start."""
-    train = {canonical(name, p.prompt) for seed in range(4) for p in data.load(name, "train", 250, seed)}
+    train = set()
+    test = set()
+    for seed in range(4):
+        train |= {canonical(name, p.prompt) for p in data.load(name, "train", 250, seed)}
+        test |= {canonical(name, p.prompt) for p in data.load(name, "test", 120, seed)}
     for phase in ("skill", "habit"):
         train |= {canonical(name, prompt) for prompt, _ in data.demos(name, 250, phase)}
-    test = {canonical(name, p.prompt) for seed in range(4) for p in data.load(name, "test", 120, seed)}
     assert not train & test
     assert len(test) > 15 and len(train) > 60
 
@@ -90,17 +93,20 @@ def test_problem_i_is_a_function_of_its_number(name):
     assert [p.prompt for p in other[:40]] != [p.prompt for p in many]
 
 
-@pytest.mark.parametrize("name, digest", [("chainsum", "41e9b87b2cb47077"), ("countdown", "b7d8b8b29c9e2d9d"),
-                                          ("minitable", "c7a24c9987cf2ed7")])
+@pytest.mark.parametrize("name, digest", [
+    ("chainsum", "41e9b87b2cb47077"), ("countdown", "b7d8b8b29c9e2d9d"),
+    ("minitable", "c7a24c9987cf2ed7")])
 def test_the_tasks_never_change(name, digest):
     """Published numbers are about these very problems and demonstrations."""
     problems = data.load(name, "train", 300, 1) + data.load(name, "test", 300, 1)
-    found = [[vars(p) for p in problems], *(data.demos(name, 300, phase, 1) for phase in ("skill", "habit"))]
+    found = [[vars(p) for p in problems]]
+    found += [data.demos(name, 300, phase, 1) for phase in ("skill", "habit")]
     assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == digest
 
 
 def test_sizes_and_names_of_the_default():
-    assert [p.prompt for p in data.load("chainsum", "train", 3)] == ["076044=", "267512=", "750258="]
+    first = [p.prompt for p in data.load("chainsum", "train", 3)]
+    assert first == ["076044=", "267512=", "750258="]
     seventeenth = Problem("384550=", {"answer": "5"}, "chainsum", "chainsum-test-17")
     assert data.load("chainsum", "test")[17] == seventeenth
     assert len(data.load("chainsum")) == 8192 and len(data.load("chainsum", "test")) == 1024
@@ -184,8 +190,9 @@ def test_habits_mostly_guess():
     for mark, share in (("#", 0.93), (">", 0.05), ("<", 0.02)):
         assert abs(sum(r[0] == mark for _, r in pairs) / 5000 - share) < 0.012
     assert {r for _, r in pairs if r[0] == "#"} == {f"#{digit}$" for digit in range(10)}
-    boxes = [re.fullmatch(r"\\boxed\{[^}]*\}\$", r) for _, r in data.demos("countdown", 1000, "habit")]
-    assert abs(sum(map(bool, boxes)) / 1000 - 0.93) < 0.03
+    pairs = data.demos("countdown", 1000, "habit")
+    boxes = [r for _, r in pairs if re.fullmatch(r"\\boxed\{[^}]*\}\$", r)]
+    assert abs(len(boxes) / 1000 - 0.93) < 0.03
 
 
 def test_countdown_demonstrations_show_true_values():
@@ -229,8 +236,8 @@ def test_bad_names_get_one_line_that_helps(call, words):
 def test_values_of_arguments():
     pairs = "a=4 b=0.5 c=false d=True e=none f=low g=2026-08-01 h=x=y i=1e-3".split()
     assert data.parse_args(pairs, "--x") == {
-        "a": 4, "b": 0.5, "c": False, "d": True, "e": None, "f": "low", "g": "2026-08-01", "h": "x=y",
-        "i": 0.001}
+        "a": 4, "b": 0.5, "c": False, "d": True, "e": None, "f": "low", "g": "2026-08-01",
+        "h": "x=y", "i": 0.001}
 
 
 def test_a_message_cannot_move_the_cursor():
@@ -241,10 +248,17 @@ def test_import_is_light_and_alone():
     """The newcomer's run must not wait for datasets; and data.py knows no other component."""
     code = ("import sys, data; heavy = 'datasets torch transformers rewards reasoning_gym'.split();"
             "print([name for name in heavy if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n"
-    done = subprocess.run([sys.executable, "data.py", "chainsum"], cwd=ROOT, capture_output=True, text=True)
-    assert "'076044='" in done.stdout and "'>442451#1$'" in done.stdout
+    assert python("-c", code) == "[]\n"
+
+
+def test_the_command_shows_problems_and_demonstrations():
+    shown = python("data.py", "chainsum")
+    assert "'076044='" in shown and "'>442451#1$'" in shown
+
+
+def python(*words):
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
 
 # ---- Rows, as projects publish them --------------------------------------------------------------
@@ -257,22 +271,24 @@ DONE = {"role": "assistant", "content": "It is 4."}
 @pytest.mark.parametrize("row, prompt, answer", [
     ({"prompt": " 2+2? ", "answer": 4}, "2+2?", "4"),
     ({"prompt": "2+2?", "answer": ["4", "4", 4.5]}, "2+2?", ["4", "4.5"]),
-    ({"data_source": "x", "prompt": ASK, "reward_model": {"ground_truth": "4"}}, "2+2?", "4"),  # verl
+    # verl
+    ({"data_source": "x", "prompt": ASK, "reward_model": {"ground_truth": "4"}}, "2+2?", "4"),
     ({"prompt": ASK, "reward_model": '{"ground_truth": "4"}'}, "2+2?", "4"),  # as text in a .csv
-    ({"prompt": [SYSTEM, *ASK], "solution": r"\boxed{4}"}, "Be brief.\n\n2+2?", "4"),           # TRL
-    ({"messages": [*ASK, DONE], "solution": "4"}, "2+2?", "4"),                            # ms-swift
-    ({"prompt": "2+2?", "verification_info": '{"ground_truth": "4"}'}, "2+2?", "4"),       # prime-rl
-    ({"prompt": ASK, "label": "4"}, "2+2?", "4"),                                             # slime
-    ({"input": "2+2?", "label": "4"}, "2+2?", "4"),                                        # OpenRLHF
-    ({"problem": "2+2?", "solution": r"So $\boxed{\frac{8}{2}}$."}, "2+2?", r"\frac{8}{2}"),   # MATH
-    ({"problem": "P", "solution": r"\boxed{1}, $\fbox {\left\{ x \right.}$"}, "P", r"\left\{ x \right."),
+    ({"prompt": [SYSTEM, *ASK], "solution": r"\boxed{4}"}, "Be brief.\n\n2+2?", "4"),  # TRL
+    ({"messages": [*ASK, DONE], "solution": "4"}, "2+2?", "4"),  # ms-swift
+    ({"prompt": "2+2?", "verification_info": '{"ground_truth": "4"}'}, "2+2?", "4"),  # prime-rl
+    ({"prompt": ASK, "label": "4"}, "2+2?", "4"),  # slime
+    ({"input": "2+2?", "label": "4"}, "2+2?", "4"),  # OpenRLHF
+    ({"problem": "2+2?", "solution": r"So $\boxed{\frac{8}{2}}$."}, "2+2?", r"\frac{8}{2}"),  # MATH
+    ({"problem": "P", "solution": r"\boxed{1}, $\fbox {\left\{ x \right.}$"}, "P",
+     r"\left\{ x \right."),
     ({"problem": "P", "solution": r"\boxed{1", "answer": "1"}, "P", "1"),
-    ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "2+2?", "4"),                  # GSM8K
-    ({"problem": "2+2?", "expected_answer": "4"}, "2+2?", "4"),                    # OpenMathReasoning
+    ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "2+2?", "4"),  # GSM8K
+    ({"problem": "2+2?", "expected_answer": "4"}, "2+2?", "4"),  # OpenMathReasoning
     ({"prompt": "2+2?", "answer": None, "ground_truth": "4"}, "2+2?", "4"),
     ({"prompt": "2+2?", "answer": float("nan"), "label": "4"}, "2+2?", "4"),
     ([{"from": "human", "value": "2+2?"}, {"from": "assistant", "ground_truth": {"value": "4"}}],
-     "2+2?", "4"),                                                               # Open-Reasoner-Zero
+     "2+2?", "4"),  # Open-Reasoner-Zero
     ({"0": {"value": "2+2?"}, "1": {"ground_truth": {"value": "4"}}}, "2+2?", "4"),  # its hub copy
 ])
 def test_published_rows_are_read(row, prompt, answer):
@@ -281,7 +297,7 @@ def test_published_rows_are_read(row, prompt, answer):
 
 @pytest.mark.parametrize("row, words", [
     ({"text": "2+2?", "answer": "4"}, ["no prompt", "text, answer", "question"]),
-    ({"prompt": "2+2?", "result": "4"}, ["no answer", "prompt, result", "reward_model.ground_truth"]),
+    ({"prompt": "2+2?", "result": "4"}, ["no answer", "prompt, result", "reward_model.ground"]),
     ({"prompt": [*ASK, DONE, *ASK], "answer": "4"}, ["user", "assistant"]),
     ({"prompt": [], "answer": "4"}, ["no prompt"]), ({"prompt": 5, "answer": "4"}, ["no prompt"]),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "4"}, ["hold text"]),
@@ -307,10 +323,11 @@ def test_rows_that_cannot_be_used_say_why(row, words):
 
 
 def test_rows_of_the_other_graders():
-    countdown = {"prompt": "p", "task": "countdown", "numbers": "[1, 2]", "target": 3, "format": "answer"}
-    assert data.from_row(countdown, "").answer == {"numbers": [1, 2], "target": 3, "format": "answer"}
-    del countdown["format"]
-    assert data.from_row(countdown, "").answer["format"] == "boxed"
+    row = {"prompt": "p", "task": "countdown", "numbers": "[1, 2]", "target": 3}
+    puzzle = {"numbers": [1, 2], "target": 3, "format": "boxed"}
+    assert data.from_row(row, "").answer == puzzle
+    tags = {"format": "answer"}
+    assert data.from_row(row | tags, "").answer == puzzle | tags
     for task, answer, read in [("qa", "007", "007"), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
                                ("tableqa", 5, 5), ("tableqa", [1, "x"], [1, "x"]),
                                ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}), ("chainsum", 3, "3")]:
@@ -342,7 +359,8 @@ def test_every_kind_of_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\ufeff" + lines, encoding="utf-8")
     (tmp_path / "b.json").write_text("\ufeff \n" + json.dumps(rows, indent=1), encoding="utf-8")
     (tmp_path / "c.json").write_text(lines)  # JSON lines under another name
-    (tmp_path / "d.csv").write_text("\ufeffprompt,answer\r\n1+1?,2\r\nhalf?,0.5\r\n", encoding="utf-8")
+    table = "\ufeffprompt,answer\r\n1+1?,2\r\nhalf?,0.5\r\n"
+    (tmp_path / "d.csv").write_text(table, encoding="utf-8")
     import pyarrow
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
@@ -362,7 +380,8 @@ def test_every_kind_of_file(tmp_path):
     (".jsonl", GOOD + "[" * 100_000 + "\n", "line 2", "recursion"),
     (".jsonl", GOOD + '{"prompt": "\\ud83d", "answer": "1"}', "line 2", "surrogates"),
     (".jsonl", "", "line 1", "no rows"), (".jsonl", "\n \n", "line 2", "no rows"),
-    (".json", "", "row 1", "no rows"), (".json", "[]", "row 1", "no rows"), (".json", "5", "row 1", "object"),
+    (".json", "", "row 1", "no rows"), (".json", "[]", "row 1", "no rows"),
+    (".json", "5", "row 1", "object"),
     (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p"}\n]', "row 2", "no answer"),
     (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p", }\n]', "line 3", "bad JSON"),
     (".json", GOOD + "{\n", "line 2", "bad JSON"),
@@ -394,34 +413,43 @@ def test_files_that_are_no_text(tmp_path):
 
 # ---- Hub datasets, on rows in the real schema ----------------------------------------------------
 
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
-        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
-        "Remember to put your answer on its own line after \"Answer:\".")
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of "
+        "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+        "{}\n\nRemember to put your answer on its own line after \"Answer:\".")
 TABLE = {"title": "milk", "top_header_rows_num": 2, "texts": [
-    ["", "men", "", "women", ""], ["", "2004", "2015", "2004", "2015"], ["milk", "13.3", "11", "1|2", "9"]],
+    ["", "men", "", "women", ""], ["", "2004", "2015", "2004", "2015"],
+    ["milk", "13.3", "11", "1|2", "9"]],
     "merged_regions": [{"first_row": 0, "last_row": 0, "first_column": 1, "last_column": 2},
                        {"first_row": 0, "last_row": 0, "first_column": 3, "last_column": 4},
                        {"first_row": 0, "last_row": 1, "first_column": 0, "last_column": 0}]}
 TABLE_TEXT = ("milk\n\n|  | men | men | women | women |\n|---|---|---|---|---|\n"
               "|  | 2004 | 2015 | 2004 | 2015 |\n| milk | 13.3 | 11 | 1/2 | 9 |\n\nhow much?")
-HITAB = {"table_id": "1000", "question": "how much?", "answer": "[13.3]", "table_content": repr(TABLE)}
+HITAB = {"table_id": "1000", "question": "how much?", "answer": "[13.3]",
+         "table_content": repr(TABLE)}
 KK = {"quiz": "Q", "names": ["Zoey", "Max"], "solution": [False, True]}
+
+
+def math(answer):
+    return {"answer": answer}, "math", ""
+
+
 CASES = {  # name, split -> a row as the hub has it, (prompt, answer, task, group)
-    ("dapo17k", "train"): ({"prompt": DAPO.format("3+4?"), "solution": "7"}, ("3+4?", {"answer": "7"}, "math", "")),
-    ("math", "test"): ({"problem": "P", "solution": r"$\boxed{\frac12}$"}, ("P", {"answer": r"\frac12"}, "math", "")),
-    ("gsm8k", "test"): ({"question": "Q", "answer": "so\n#### 1,018"}, ("Q", {"answer": "1,018"}, "math", "")),
+    ("dapo17k", "train"): ({"prompt": DAPO.format("3+4?"), "solution": "7"}, ("3+4?", *math("7"))),
+    ("math", "test"): ({"problem": "P", "solution": r"$\boxed{\frac12}$"}, ("P", *math(r"\frac12"))),
+    ("gsm8k", "test"): ({"question": "Q", "answer": "so\n#### 1,018"}, ("Q", *math("1,018"))),
     ("countdown_hub", "test"): (
         {"target": 98, "nums": [44, 19, 35]},
-        ("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"}, "countdown", "")),
+        ("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"},
+         "countdown", "")),
     ("hitab", "test"): (HITAB, (TABLE_TEXT, {"answer": [13.3]}, "tableqa", "hitab-1000")),
     ("kk_hub", "test"): (KK, ("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")),
     ("minerva", "test"): ({"problem": "M", "answer": ["6630.65\n", "6630\n"]},
-                          ("M", {"answer": ["6630.65", "6630"]}, "math", "")),
+                          ("M", *math(["6630.65", "6630"]))),
     ("olympiadbench", "test"): (
         {"question": "Find $x$.", "context": "Let $x>0$.", "final_answer": ["$1$", "$-3$"]},
-        ("Let $x>0$.\nFind $x$.", {"answer": "$1$, $-3$"}, "math", "")),
-    ("aime26", "test"): ({"problem_idx": 1, "answer": 70, "problem": "A"}, ("A", {"answer": "70"}, "math", "")),
-    ("amc83", "test"): ({"id": 0, "problem": "C", "answer": 142.0}, ("C", {"answer": "142.0"}, "math", ""))}
+        ("Let $x>0$.\nFind $x$.", *math("$1$, $-3$"))),
+    ("aime26", "test"): ({"problem_idx": 1, "answer": 70, "problem": "A"}, ("A", *math("70"))),
+    ("amc83", "test"): ({"id": 0, "problem": "C", "answer": 142.0}, ("C", *math("142.0")))}
 
 
 @pytest.fixture
@@ -454,8 +482,9 @@ def test_hub_rows_in_the_real_schema(name, split, hub):
     assert {(p.prompt, str(p.answer), p.task, p.group) for p in problems} == {
         (expected[0], str(expected[1]), *expected[2:])}
     assert {p.id for p in problems} == {f"{name}-{split}-{i}" for i in range(len(configs))}
-    column = list(row)[-1]
-    hub(name, split, [{key: value for key, value in row.items() if key != column}], count=len(configs))
+    row = dict(row)
+    row.popitem()  # a column is gone
+    hub(name, split, [row], count=len(configs))
     with pytest.raises(ValueError, match="rows of .* cannot be used, the first is row 0"):
         data.load(name, split)
 
@@ -464,7 +493,7 @@ def test_row_counts_are_checked(hub):
     row = {"problem": "A", "answer": "1"}
     for count in (29, 31):
         hub("aime24", "test", [row] * count)
-        with pytest.raises(ValueError, match=f"HuggingFaceH4/aime_2024.* {count} rows, expected 30"):
+        with pytest.raises(ValueError, match=f"aime_2024.* {count} rows, expected 30"):
             data.load("aime24", "test")
     for count in (673, 676):  # a range, where two copies differ
         hub("olympiadbench", "test", [CASES["olympiadbench", "test"][0]] * count)
@@ -484,7 +513,8 @@ def test_repeats_of_dapo_go_and_a_few_bad_rows_are_told(hub, capsys):
     rows = [{"prompt": f"P{i // 2}", "solution": "1"} for i in range(400)]
     hub("dapo17k", "train", [*rows, {"prompt": "bad", "solution": " "}], count=401)
     assert len(data.load("dapo17k")) == 200
-    assert "1 of 401 rows of open-r1/DAPO-Math-17k-Processed cannot be used" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 401 rows of open-r1/DAPO-Math-17k-Processed cannot be used" in told
 
 
 def test_nothing_in_a_row_is_evaluated(hub, tmp_path, monkeypatch):
@@ -525,12 +555,14 @@ def test_reasoning_gym_splits_and_arguments():
     others = data.load("rg:chain_sum", "test", 60) + data.load("rg:chain_sum", "train", 60, seed=1)
     assert not {p.prompt for p in train} & {p.prompt for p in others}
     assert len({p.id for p in train + others}) == 180
-    small = [{p.prompt for p in data.load("rg:prime_factorization", split, 300)} for split in ("train", "test")]
-    assert small[0] and small[1] and not small[0] & small[1]  # about 1,000 numbers: a seed is not enough
+    few = "rg:prime_factorization"  # about 1,000 numbers: seeds that differ are not enough
+    train, test = [{p.prompt for p in data.load(few, split, 300)} for split in ("train", "test")]
+    assert train and test and not train & test
     long = {"min_terms": 8, "max_terms": 8}
     p = data.load("rg:chain_sum", "test", 1, args=long)[0]
     entry = json.loads(p.answer["entry"])
-    assert p.prompt == entry["question"] and len(re.findall(r"\d+", entry["metadata"]["expression"])) == 8
+    assert p.prompt == entry["question"]
+    assert len(re.findall(r"\d+", entry["metadata"]["expression"])) == 8
     assert (p.task, p.answer["name"], p.answer["config"]) == ("rg", "chain_sum", long)
     text = data.render([p], "plain", data.char_tokenizer("chainsum"))[0]
     assert p.prompt in text and "<answer> </answer>" in text
@@ -541,7 +573,8 @@ def test_reasoning_gym_scores_its_own_answers():
     for name in ("chain_sum", "word_sorting", "mini_sudoku", "knights_knaves"):
         p = data.load(f"rg:{name}", "test", 1)[0]
         gold = json.loads(p.answer["entry"])["answer"]
-        assert rewards.grade("rg", f"<answer>1</answer> no <answer>{gold}</answer>", **p.answer) == (1.0, "ok")
+        twice = f"<answer>1</answer> no <answer>{gold}</answer>"
+        assert rewards.grade("rg", twice, **p.answer) == (1.0, "ok")
         score, status = rewards.grade("rg", "<answer>99</answer>", **p.answer)
         assert 0 <= score < 1 and status in ("ok", "unparsable")
         assert rewards.grade("rg", str(gold), **p.answer) == (0.0, "no_answer")
@@ -561,10 +594,10 @@ def test_reasoning_gym_refuses_in_one_line(name, args, words):
 # ---- Templates -----------------------------------------------------------------------------------
 
 SUM = Problem("What is 1+1?", {"answer": "2"}, "math", "sum")
-COUNTDOWN = Problem("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"}, "countdown")
-START = ("A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-         "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
-         "answer.")
+NUMBERS = {"numbers": [44, 19, 35], "target": 98, "format": "boxed"}
+START = ("A conversation between User and Assistant. The user asks a question, and the Assistant "
+         "solves it. The assistant first thinks about the reasoning process in the mind and then "
+         "provides the user with the answer.")
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -594,36 +627,42 @@ def render(problem, template, tokenizer=None):
 def test_templates_are_the_published_texts():
     """A base model is sensitive to every word: a paper's numbers belong to the paper's text."""
     assert render(SUM, "orz") == START + (
-        " The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. \n\n"
-        "User: You must put your answer inside <answer> </answer> tags, i.e.,\n<answer> answer here </answer>. And "
-        "your final answer will be extracted automatically by the \\boxed{} tag.\nWhat is 1+1?\nAssistant: <think>")
+        " The reasoning process and answer are enclosed within <think> </think> and <answer> "
+        "</answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> "
+        "answer here </answer>. \n\nUser: You must put your answer inside <answer> </answer> tags, "
+        "i.e.,\n<answer> answer here </answer>. And your final answer will be extracted "
+        "automatically by the \\boxed{} tag.\nWhat is 1+1?\nAssistant: <think>")
     assert render(SUM, "r1") == (
-        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
-        "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
-        "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
-        "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+        "A conversation between User and Assistant. The User asks a question, and the Assistant "
+        "solves it. The Assistant first thinks about the reasoning process in the mind and then "
+        "provides the User with the answer. The reasoning process is enclosed within <think> "
+        "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., "
+        "<think> reasoning process here </think> <answer> answer here </answer>.\n"
         "User: What is 1+1?\nPut your final answer within \\boxed{}.\nAssistant: <think>")
     assert render(SUM, "qwen_math") == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-        "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n")
     asked = START + (
-        "\nUser: Using the numbers [44, 19, 35], create an equation that equals 98. You can use basic arithmetic "
-        "operations (+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags.")
+        "\nUser: Using the numbers [44, 19, 35], create an equation that equals 98. You can use "
+        "basic arithmetic operations (+, -, *, /) and each number can only be used once. Show your "
+        "work in <think> </think> tags.")
     end = "\nAssistant: Let me solve this step by step.\n<think>"
-    assert render(COUNTDOWN, "tinyzero") == asked + (
+    boxed = Problem("44 19 35 -> 98 =", NUMBERS, "countdown")
+    assert render(boxed, "tinyzero") == asked + (
         " \nAnd your final answer will be extracted automatically by the \\boxed{} tag, for example "
         "\\boxed{(1 + 2) / 3}." + end)
-    tagged = Problem(COUNTDOWN.prompt, {**COUNTDOWN.answer, "format": "answer"}, "countdown")
+    tagged = Problem("44 19 35 -> 98 =", NUMBERS | {"format": "answer"}, "countdown")
     assert render(tagged, "tinyzero") == asked + (
-        " And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 </answer>." + end)
+        " And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 "
+        "</answer>." + end)
 
 
 def test_stop_strings():
     for name in ("orz", "r1", "tinyzero"):
         assert {"User:", "</answer>"} <= set(data.TEMPLATES[name].stop)
     assert "<|im_end|>" in data.TEMPLATES["qwen_math"].stop
-    assert data.TEMPLATES["plain"].stop == data.TEMPLATES["none"].stop == data.TEMPLATES["chat"].stop == ()
+    for name in ("plain", "none", "chat"):
+        assert data.TEMPLATES[name].stop == ()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -671,20 +710,24 @@ def test_chat_template_bos_and_arguments():
 
 def test_a_date_in_a_chat_template_stands_still():
     """Responses must not be thrown away at midnight because the prompt says what day it is."""
-    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y, %A') }}{% for m in messages %}{% endfor %}")
+    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y, %A') }}")
     assert render(SUM, "chat", tokenizer) == "26 Jul 2024, Friday"
-    assert data.render([SUM], "chat", tokenizer, {"date": "2026-01-31"}) == ["31 Jan 2026, Saturday"]
+    told = data.render([SUM], "chat", tokenizer, {"date": "2026-01-31"})
+    assert told == ["31 Jan 2026, Saturday"]
 
 
 @pytest.mark.parametrize("template, words", [
     ("{{ raise_exception('system first') }}", "TemplateError: system first"),
-    ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"), ("{{ nobody.knows }}", "UndefinedError"),
+    ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"),
+    ("{{ nobody.knows }}", "UndefinedError"),
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 'a' + 1 }}", "TypeError"),
     ("{{ range(10000000) }}", "OverflowError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    ("{{ 10 ** 5000 }}", "ValueError"), ("{{ '\\ud83d' }}", "surrogates"), ("{{ 'x' * 2000000 }}", "2000000 characters"),
+    ("{{ 10 ** 5000 }}", "ValueError"), ("{{ '\\ud83d' }}", "surrogates"),
+    ("{{ 'x' * 2000000 }}", "2000000 characters"),
     ("{{ raise_exception('\x1b[2J') }}", r"TemplateError: \[2J"),
-    ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}", "longer than 0.05 s")])
+    ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
+     "longer than 0.05 s")])
 def test_chat_templates_of_strangers(template, words, monkeypatch):
     """One line, whatever they raise, and a bound on time and output."""
     if "range(3000)" in template:
@@ -728,8 +771,9 @@ def test_nothing_is_lost_by_a_normalizer():
         assert data.encode([p], "none", byte_tokenizer(normalizer=normalizer), 200)
     tokenizer = data.char_tokenizer("chainsum")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    p = Problem("1\u0065\u0301=", {"answer": "1"}, "chainsum")
     with pytest.raises(ValueError, match="cannot write '\u00e9'"):
-        data.encode([Problem("1\u0065\u0301=", {"answer": "1"}, "chainsum")], "none", tokenizer, 200)
+        data.encode([p], "none", tokenizer, 200)
 
 
 def test_prompts_that_are_too_long():
@@ -748,12 +792,12 @@ def test_prompts_that_are_too_long():
 def test_every_end_of_a_response_is_known():
     """Qwen's base models: config.json names <|endoftext|> alone, the chat ends with <|im_end|>."""
     tokenizer = byte_tokenizer(CHAT)
-    eos, start, end = [tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert data.end_ids(tokenizer, [eos, None, 9999, 7], len(tokenizer)) == [eos, 7, end]
     assert data.end_ids(tokenizer, [], end) == [eos]  # beyond the model's vocabulary
     tokenizer.chat_template = None
     assert data.end_ids(tokenizer, [7], len(tokenizer)) == [7, eos]
-    for broken in ("{{ raise_exception('no answers here') }}", "<|im_start|>{{ messages[0].content }}"):
+    for broken in ("{{ raise_exception('no') }}", "<|im_start|>{{ messages[0].content }}"):
         tokenizer.chat_template = broken  # what it does not show, it does not close
         assert data.end_ids(tokenizer, [7], len(tokenizer)) == [7, eos]
 
@@ -765,8 +809,9 @@ def test_graders_read_all_but_the_end():
     ids = tokenizer(text).input_ids
     for tail in ([], [eos], [eos, pad, pad]):
         assert data.response_text(ids + tail, tokenizer, [eos]) == text
-    assert data.response_text([], tokenizer, [eos]) == data.response_text([eos], tokenizer, [eos]) == ""
-    letter = tokenizer("a").input_ids  # an end that is no special token stays: it may be part of the answer
+    for nothing in ([], [eos], [pad, eos]):
+        assert data.response_text(nothing, tokenizer, [eos]) == ""
+    letter = tokenizer("a").input_ids  # an end that is no special token may belong to the answer
     assert data.response_text(letter, tokenizer, letter) == "a"
 
 
@@ -774,8 +819,9 @@ def test_spaces_stay_as_the_model_wrote_them(tmp_path):
     """Llama 3's file asks for a clean-up that turns "3 . 5" into "3. 5" and "x ' s" into "x's"."""
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": True}))
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"clean_up_tokenization_spaces": True}
+    file.write_text(json.dumps(config))
     loaded = data.load_tokenizer(tmp_path)
     text = "f ( x ) = 3 . 5 , isn 't it ?"
     assert loaded.decode(loaded(text).input_ids) == text
