@@ -142,7 +142,8 @@ def test_minitable_golds_and_shapes():
         assert len({line.count("|") for line in lines}) == 1
         years = [cell.strip() for cell in lines[0].strip("|").split("|")[1:]]
         assert years[0] == years[1] < years[2] == years[3]  # merged headers are repeated
-    assert kinds == {(1, "int"), (1, "str"), (1, "float"), (2, "int")} and sizes == {3, 4, 5, 6}
+    assert kinds == {(1, "int"), (1, "str"), (1, "float"), (2, "int")}
+    assert sizes == {3, 4, 5, 6}
 
 
 @pytest.mark.parametrize("name", ["countdown", "minitable"])
@@ -160,7 +161,7 @@ def test_questions_on_one_puzzle_share_a_group(name):
 def test_graders_accept_the_gold_and_demonstrations(name):
     """A task whose gold its grader refuses can never be learnt. Slips leave chainsum 0.6 of its
     worked demonstrations right, the others 0.92; a guess is rarely right."""
-    few = {"chainsum": (0.5, 0.8), "countdown": (0.88, 0.96), "minitable": (0.88, 0.96)}[name]
+    few = (0.5, 0.8) if name == "chainsum" else (0.88, 0.96)
     task = data.TASKS[name]
     for phase, (low, high) in (("skill", few), ("habit", (0.02, 0.3))):
         rng = random.Random(phase)
@@ -180,7 +181,8 @@ def test_chainsum_slips_at_the_stated_rate_and_the_slip_stays():
         assert last == sums[-1]
         synonyms.append(mark == "<")
         before = [0, *map(int, sums[:-1])]  # from the sum as written: an error propagates
-        slips += [(b + int(d)) % 10 != int(s) for b, d, s in zip(before, prompt, sums)]
+        for b, d, s in zip(before, prompt, sums):
+            slips.append((b + int(d)) % 10 != int(s))
     assert abs(sum(slips) / len(slips) - 0.9 * 0.08) < 0.008  # it hits the right digit 1 in 10
     assert abs(sum(synonyms) / 3000 - 0.1) < 0.02
 
@@ -230,7 +232,8 @@ def test_countdown_demonstrations_show_true_values():
 def test_bad_names_get_one_line_that_helps(call, words):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         call()
-    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
+    line = str(e.value)
+    assert "\n" not in line and all(word in line for word in words), line
 
 
 def test_values_of_arguments():
@@ -299,10 +302,12 @@ def test_published_rows_are_read(row, prompt, answer):
     ({"text": "2+2?", "answer": "4"}, ["no prompt", "text, answer", "question"]),
     ({"prompt": "2+2?", "result": "4"}, ["no answer", "prompt, result", "reward_model.ground"]),
     ({"prompt": [*ASK, DONE, *ASK], "answer": "4"}, ["user", "assistant"]),
-    ({"prompt": [], "answer": "4"}, ["no prompt"]), ({"prompt": 5, "answer": "4"}, ["no prompt"]),
-    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "4"}, ["hold text"]),
+    ({"prompt": [], "answer": "4"}, ["no prompt"]),
+    ({"prompt": 5, "answer": "4"}, ["no prompt"]),
+    ({"prompt": [{"role": "user", "content": ["an image"]}], "answer": "4"}, ["hold text"]),
     ({"prompt": "p", "answer": {"a": 3}}, ["no answer", "{'a': 3}"]),
-    ({"prompt": "p", "answer": " "}, ["no answer"]), ({"prompt": "p", "answer": []}, ["no answer"]),
+    ({"prompt": "p", "answer": " "}, ["no answer"]),
+    ({"prompt": "p", "answer": []}, ["no answer"]),
     ({"prompt": "p", "answer": "4", "task": "maths"}, ["maths", "did you mean math"]),
     ({"prompt": "p", "answer": {}, "task": "kk"}, ["no answer"]),
     ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["knight"]),
@@ -367,7 +372,8 @@ def test_every_kind_of_file(tmp_path):
     for name, numbers in [("a.jsonl", "13"), ("b.json", "12"), ("c.json", "13"), ("d.csv", "23"),
                           ("e.parquet", "12")]:
         found = data.load(str(tmp_path / name))
-        assert [(p.prompt, p.answer["answer"]) for p in found] == [("1+1?", "2"), ("half?", "0.5")]
+        assert [p.prompt for p in found] == ["1+1?", "half?"]
+        assert [p.answer for p in found] == [{"answer": "2"}, {"answer": "0.5"}]
         assert [p.id for p in found] == [f"{name[0]}-{number}" for number in numbers]
         assert data.load(str(tmp_path / name), "test", 1) == found[:1]
 
@@ -413,8 +419,8 @@ def test_files_that_are_no_text(tmp_path):
 
 # ---- Hub datasets, on rows in the real schema ----------------------------------------------------
 
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of "
-        "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+DAPO = ("Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
         "{}\n\nRemember to put your answer on its own line after \"Answer:\".")
 TABLE = {"title": "milk", "top_header_rows_num": 2, "texts": [
     ["", "men", "", "women", ""], ["", "2004", "2015", "2004", "2015"],
@@ -434,22 +440,25 @@ def math(answer):
 
 
 CASES = {  # name, split -> a row as the hub has it, (prompt, answer, task, group)
-    ("dapo17k", "train"): ({"prompt": DAPO.format("3+4?"), "solution": "7"}, ("3+4?", *math("7"))),
-    ("math", "test"): ({"problem": "P", "solution": r"$\boxed{\frac12}$"}, ("P", *math(r"\frac12"))),
+    ("dapo17k", "train"): ({"prompt": DAPO.format("3+4?"), "solution": "7"},
+                           ("3+4?", *math("7"))),
+    ("math", "test"): ({"problem": "P", "solution": r"$\boxed{\frac12}$"},
+                       ("P", *math(r"\frac12"))),
     ("gsm8k", "test"): ({"question": "Q", "answer": "so\n#### 1,018"}, ("Q", *math("1,018"))),
     ("countdown_hub", "test"): (
         {"target": 98, "nums": [44, 19, 35]},
         ("44 19 35 -> 98 =", {"numbers": [44, 19, 35], "target": 98, "format": "boxed"},
          "countdown", "")),
     ("hitab", "test"): (HITAB, (TABLE_TEXT, {"answer": [13.3]}, "tableqa", "hitab-1000")),
-    ("kk_hub", "test"): (KK, ("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")),
+    ("kk_hub", "test"): (
+        KK, ("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")),
     ("minerva", "test"): ({"problem": "M", "answer": ["6630.65\n", "6630\n"]},
                           ("M", *math(["6630.65", "6630"]))),
     ("olympiadbench", "test"): (
         {"question": "Find $x$.", "context": "Let $x>0$.", "final_answer": ["$1$", "$-3$"]},
         ("Let $x>0$.\nFind $x$.", *math("$1$, $-3$"))),
-    ("aime26", "test"): ({"problem_idx": 1, "answer": 70, "problem": "A"}, ("A", *math("70"))),
-    ("amc83", "test"): ({"id": 0, "problem": "C", "answer": 142.0}, ("C", *math("142.0")))}
+    ("aime26", "test"): ({"answer": 70, "problem": "A"}, ("A", *math("70"))),
+    ("amc83", "test"): ({"problem": "C", "answer": 142.0}, ("C", *math("142.0")))}
 
 
 @pytest.fixture
@@ -556,7 +565,8 @@ def test_reasoning_gym_splits_and_arguments():
     assert not {p.prompt for p in train} & {p.prompt for p in others}
     assert len({p.id for p in train + others}) == 180
     few = "rg:prime_factorization"  # about 1,000 numbers: seeds that differ are not enough
-    train, test = [{p.prompt for p in data.load(few, split, 300)} for split in ("train", "test")]
+    train = {p.prompt for p in data.load(few, "train", 300)}
+    test = {p.prompt for p in data.load(few, "test", 300)}
     assert train and test and not train & test
     long = {"min_terms": 8, "max_terms": 8}
     p = data.load("rg:chain_sum", "test", 1, args=long)[0]
@@ -649,8 +659,8 @@ def test_templates_are_the_published_texts():
     end = "\nAssistant: Let me solve this step by step.\n<think>"
     boxed = Problem("44 19 35 -> 98 =", NUMBERS, "countdown")
     assert render(boxed, "tinyzero") == asked + (
-        " \nAnd your final answer will be extracted automatically by the \\boxed{} tag, for example "
-        "\\boxed{(1 + 2) / 3}." + end)
+        " \nAnd your final answer will be extracted automatically by the \\boxed{} tag, for "
+        "example \\boxed{(1 + 2) / 3}." + end)
     tagged = Problem("44 19 35 -> 98 =", NUMBERS | {"format": "answer"}, "countdown")
     assert render(tagged, "tinyzero") == asked + (
         " And return the final answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 "
