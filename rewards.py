@@ -5,6 +5,7 @@ r"""A response in, a score in [0, 1] out: rewards that a policy cannot cheat, ha
 
 Tasks and their problem fields:
     chainsum   answer="7"                     the default task: `...#7$`, $ being the end
+    add        answer="123"                   last \boxed{}, an integer
     countdown  numbers=[..], target=24        last <answer>, or last box (format="boxed")
     tableqa    answer=[..]                    last <answer>, all values in this order
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
@@ -77,6 +78,12 @@ MARKUP = r"\\(?:text|math)\w*\s*\{([^{}]*)\}"
 def chainsum(response, answer):
     found = re.fullmatch(r"[^#]*#([^$]*)\$", response)
     return found[1] == str(answer) if found else "no_answer"
+
+def add(response, answer):
+    box = last_boxed(response)
+    if box is None:
+        return "no_answer"
+    return int(box) == int(answer) if re.fullmatch(r"\s*[+-]?\d{1,100}\s*", box) else "unparsable"
 
 def countdown(response, numbers, target, format="answer"):
     """1 iff the expression uses every number exactly once and equals the target exactly. Only
@@ -811,8 +818,9 @@ def gym(name, config):
     import reasoning_gym
     return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
 
-TASKS = {"chainsum": chainsum, "countdown": countdown, "tableqa": tableqa, "kk": kk, "qa": qa,
-         "math": math, "rg": rg}
+TASKS = {"chainsum": chainsum, "add": add, "countdown": countdown, "tableqa": tableqa, "kk": kk,
+         "qa": qa, "math": math, "rg": rg}
+SAY_THE_ANSWER = ("chainsum", "add", "tableqa", "kk", "qa", "math")  # their reference is a response
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""
@@ -825,7 +833,9 @@ def judge(task, response, problem):
 
 def check_gold(task, problem):
     """None, or why no response can be right: the reference is graded as if it were a response."""
-    if "answer" not in problem:
+    if task not in TASKS:
+        return f"there is no grader {task!r}, only {', '.join(TASKS)}"
+    if task not in SAY_THE_ANSWER:
         return None
     golds = as_list(problem["answer"])
     text = ", ".join(map(str, golds)) if task == "tableqa" else str(golds[0])
