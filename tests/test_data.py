@@ -308,7 +308,6 @@ def test_published_rows_are_read(row, prompt, answer):
     ({"prompt": "p", "answer": {"a": 3}}, ["no answer", "{'a': 3}"]),
     ({"prompt": "p", "answer": " "}, ["no answer"]),
     ({"prompt": "p", "answer": []}, ["no answer"]),
-    ({"prompt": "p", "answer": "4", "task": "maths"}, ["maths", "did you mean math"]),
     ({"prompt": "p", "answer": {}, "task": "kk"}, ["no answer"]),
     ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["knight"]),
     ({"prompt": "p", "answer": "[oops", "task": "qa"}, ["cannot read '[oops'"]),
