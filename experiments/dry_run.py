@@ -264,6 +264,7 @@ def report(gpus, flags) -> dict:
 WORKLOAD = "--prompts 128 --samples 8 --updates 2 --max_new_tokens 3072"
 LADDER = ("", "--recompute", "--recompute --tokens_per_microbatch 4096",
           "--recompute --tokens_per_microbatch 4096 --offload")
+SIZES = ("update", "resident", "prefill", "host")
 
 
 def table() -> list[dict]:
@@ -277,13 +278,15 @@ def table() -> list[dict]:
             for turned in LADDER:
                 flags = parse(gpus, ["--model", name, *WORKLOAD.split(), *turned.split()])
                 m = measure(raw, gpus, flags)
+                said = f"`{turned or 'no flag'}`, {m['update']:.0f} GiB"
+                if m["host"]:
+                    said += f" and {m['host']:.0f} GiB of CPU memory"
                 for card, size in CARDS.items():
                     left, sequences = fit(raw, gpus, flags, m, size)
                     if left >= 0 and not cells[card]:
-                        cells[card] = f"`{turned or 'no flag'}`, {m['update']:.0f} GiB"
-                sizes = {k: round(v, 1) for k, v in m.items() if k not in ("categories", "host")}
-                found.append({"model": name, "gpus": gpus, "flags": turned, **sizes,
-                              "host": round(m["host"], 1)})
+                        cells[card] = f"{said}, {sequences} at once"
+                found.append({"model": name, "gpus": gpus, "flags": turned,
+                              **{key: round(m[key], 1) for key in SIZES}})
                 if all(cells.values()):
                     break
             print(f"| {name.split('-')[-1]} | "

@@ -1,6 +1,8 @@
 """The dry run's numbers against what a process really takes, and that they move as they must."""
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +165,33 @@ def test_seven_billion_on_eight():
                               "--recompute"])
     m = dry_run.measure(dry_run.architecture("Qwen/Qwen2.5-7B"), 8, asked)
     assert 23.5 < m["update"] < 28 and 20 < m["resident"] < 28
+
+
+def commands():
+    """(card, GPUs, flags) of every command in README.md and docs/ that trains a named model. The
+    comment above it names the card, if not 80 GB."""
+    found = []
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), re.S):
+            card = "80 GB"
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("#"):
+                    card = (re.findall(r"\d+ GB", line) or ["80 GB"])[0]
+                elif "train.py" in line and "--model" in line:
+                    gpus = int((re.findall(r"nproc_per_node[= ](\d+)", line) or ["1"])[0])
+                    argv = shlex.split(line.split("train.py")[1], comments=True)
+                    found.append((card, gpus, argv))
+    return found
+
+
+@pytest.mark.slow
+def test_every_printed_command_fits():
+    assert len(commands()) >= 4
+    for card, gpus, argv in commands():
+        shape = re.sub("-Instruct|Math-", "", argv[argv.index("--model") + 1])  # the same sizes
+        asked = dry_run.parse(gpus, [*argv, "--model", shape])
+        raw = dry_run.architecture(shape)
+        m = dry_run.measure(raw, gpus, asked)
+        left, sequences = dry_run.fit(raw, gpus, asked, m, dry_run.CARDS[card])
+        print(card, gpus, argv, f"update {m['update']:.1f} GiB, {left:.1f} left, {sequences} at once")
+        assert left >= 0 and sequences, (card, gpus, argv)
