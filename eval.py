@@ -429,10 +429,10 @@ def compare(rows, n, other, task):
     file = other.parent / f"samples_{task}.jsonl"
     try:
         count = theirs["n"] * theirs["questions"]
-        stored = read_rows(file)[:count]
-        if [row["run"] for row in stored] != [theirs["run"]] * count:
+        others = read_rows(file)[:count]
+        if len(others) < count or {row["run"] for row in others} != {theirs["run"]}:
             raise KeyError("run")
-        b = by_question(stored, theirs["n"])
+        b = by_question(others, theirs["n"])
     except (KeyError, TypeError):
         raise ValueError(f"{file} has not the responses that {other} was made of") from None
     a = by_question(rows, n)
