@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-from model import Model, attention_kernel, causal, varlen_attn
+from model import Model, attention_kernel, causal, pack, varlen_attn
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -203,7 +203,8 @@ class Batch:
             if request.prompt is not self.prefilled:
                 self.prefilled = request.prompt
                 self.source = slot
-                new.append((slot, request.prompt))
+                if len(request.prompt) > 1:
+                    new.append((slot, request.prompt))
             sources.append(self.source)
         longest = max(len(r.prompt) for r in requests)
         at_once = max(1, PREFILL_TOKENS // longest)
@@ -219,7 +220,7 @@ class Batch:
         if now < self.report_at:
             return
         on_terminal = sys.stderr.isatty()
-        self.report_at = now + (0.5 if on_terminal else 60)
+        self.report_at = now + (1 if on_terminal else 60)
         d = self.decoder
         finished = [r.result.length for r in self.requests if r.result]
         going = int(d.made[:self.live].sum())
@@ -302,19 +303,12 @@ class Decoder:
     def prefill(self, new):
         """Keys and values of the prompts of `new`, (slot, prompt), packed end to end: without the
         last tokens, which are fed by the first step."""
-        ids, slot, rows = [], [], []
-        for s, prompt in new:
-            first = len(ids)
-            ids += prompt[:-1]
-            rows.append(range(first, len(ids)))
-            slot += [s] * len(rows[-1])
-        rows = [row for row in rows if row]
-        if not ids:
-            return
-        self.cache.grow(self.slots, max(map(len, rows)))
-        ids = torch.tensor(ids, device=self.device)
-        slot = torch.tensor(slot, device=self.device)
+        prompts = [prompt for _, prompt in new]
+        ids, rows, _ = pack(prompts, [1] * len(prompts), self.device)
         positions, attend_prompts = causal(rows, self.device, self.cache.kv.dtype)
+        slot = torch.tensor([slot for (slot, _), row in zip(new, rows) for _ in row])
+        slot = slot.to(self.device)  # (N,) of each token
+        self.cache.grow(self.slots, max(map(len, rows)))
 
         def attend(layer, q, k, v):
             self.cache.store(layer, slot, positions, k, v)
