@@ -461,10 +461,10 @@ def ranks():
         other = both[1 - rank]
         code, = end([other], 120)
         end(both, 0)
+        said = (cwd / f"said-{1 - rank}").read_text().strip().splitlines()
+        ended_well = code == 1 and said[-1].startswith("train.py: rank")
         outcome = resumed(cwd, undisturbed(4, world=2), 4, world=2)
-        fine = code == 1 and (cwd / f"said-{1 - rank}").read_text().strip().splitlines()[-1]
-        good = fine and fine.startswith("train.py: rank")
-        yield f"{action.__name__} rank {rank} in {function}", outcome if good else "silent"
+        yield f"{action.__name__} rank {rank} in {function}", outcome if ended_well else "silent"
 
 
 @attack("SIGINT, SIGTERM or SIGHUP to one of two ranks")
@@ -508,7 +508,7 @@ def output():
 
 @attack("graders at work whose parent is killed")
 def graders():
-    for answer in ("x+1", "2^{3^{4^{5^{6}}}}", "(10^9)!", r"\int_0^1 x^{x^{x^x}} dx"):
+    for answer in ("x+1", "(x+1)^{3000}", r"\int_0^1 \frac{\sin(x^x)}{x^3+1} dx"):
         item = ("math", rf"\boxed{{{answer}}}", {"answer": "x^2 + 1"})
         fork = multiprocessing.get_context("fork")
         parent = fork.Process(target=rewards.Scorer(workers=1), args=([item] * 99,))
@@ -517,7 +517,7 @@ def graders():
         while parent.is_alive() and not seen:
             seen |= children_of(parent.pid)
             time.sleep(0.01)
-        time.sleep(3)  # it imports SymPy, and begins
+        time.sleep(5)  # it imports SymPy, and begins
         parent.kill()
         parent.join()
         for _ in range(600):
@@ -525,7 +525,8 @@ def graders():
             if not alive:
                 break
             time.sleep(0.1)
-        yield answer, "silent" if alive or not seen else "survived"
+        assert seen, f"{answer} was graded without a process of its own"
+        yield answer, "silent" if alive else "survived"
 
 
 def children_of(pid):

