@@ -769,7 +769,11 @@ def load_tokenizer(source):
     if not any(found for name in files for found in Path(source).glob(name)):
         raise ValueError(f"{source}: no tokenizer there; copy the one the model was trained with")
     whole = (Path(source) / "tokenizer.json").is_file()
-    tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(source)
+    try:
+        tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(source)
+    except (AttributeError, LookupError, TypeError, RecursionError) as e:  # JSON of another shape
+        raise ValueError(f"{source}: the tokenizer's files are not what they should be "
+                         f"({type(e).__name__}: {str(e):.100})") from None
     tokenizer.clean_up_tokenization_spaces = False  # as Llama 3's asks: "3 . 5" would become 3.5
     return tokenizer
 

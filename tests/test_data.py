@@ -840,3 +840,12 @@ def test_spaces_stay_as_the_model_wrote_them(tmp_path):
 def test_a_directory_without_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer there"):
         data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000])
+def test_a_tokenizer_file_of_another_shape_is_one_line(tmp_path, name, text):
+    data.char_tokenizer("chainsum").save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, OSError)):
+        data.load_tokenizer(tmp_path)
