@@ -721,6 +721,8 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
                 text = tokenizer.apply_chat_template(
                     turns, chat_template=template, tokenize=False, add_generation_prompt=ask,
                     **variables)
+                if len(text) > 10**7:
+                    raise ValueError(f"{len(text):,} characters for one question")
                 text.encode()  # half a surrogate pair would stop the tokenizer
                 texts.append(text)
         except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,

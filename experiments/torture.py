@@ -638,7 +638,7 @@ def ended(cwd, code):
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
          "num_attention_heads", "max_position_embeddings")
-TEMPLATES = ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 1/0 }}", "{{",
+TEMPLATES = ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**9 }}", "{{ 1/0 }}", "{{",
              "{% include 'victim' %}", "{{ raise_exception('a\nb') }}",
              "{{ ''.__class__.__mro__[1].__subclasses__() }}")
 

@@ -849,3 +849,10 @@ def test_a_tokenizer_file_of_another_shape_is_one_line(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises((ValueError, OSError)):
         data.load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_that_floods_is_one_line():
+    tokenizer = data.char_tokenizer("chainsum")
+    tokenizer.chat_template = "{{ 'x' * 20000000 }}"
+    with pytest.raises(ValueError, match="20,000,000 characters"):
+        data.chat([[{"role": "user", "content": "1"}]], tokenizer)
