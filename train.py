@@ -914,7 +914,8 @@ def load_questions(flags, model, tokenizer):
         held_out = data.load(flags.eval_data or flags.data, "test", n=flags.eval_problems, args=args)
     else:
         held_out = problems[1::10][:flags.eval_problems]  # spread: the file may be sorted
-        problems = [p for p in problems if p not in held_out]
+        kept_back = {p.id for p in held_out}
+        problems = [p for p in problems if p.id not in kept_back]
         if not held_out:
             raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and held "
                              "out; give --eval_data")
@@ -922,7 +923,7 @@ def load_questions(flags, model, tokenizer):
                   model.config.max_position_embeddings - flags.max_new_tokens)
     chat_args = data.parse_args(flags.template_args, "--template_args")
     try:
-        data.check_golds([*problems, *held_out], getattr(rewards, "check_gold", lambda *a: None))
+        data.check_golds([*problems, *held_out], rewards.check_gold)
         return [data.encode(some, flags.template, tokenizer, longest, chat_args)
                 for some in (problems, held_out)]
     except ValueError as e:
