@@ -498,7 +498,7 @@ def send_hangup():
     signal.raise_signal(signal.SIGHUP)
 
 
-@attack("the reader of the output dies (`| head -1`); the terminal closes under `nohup`")
+@attack("the reader of the output dies (`head -1`); the terminal closes under `nohup`")
 def output():
     for setup in (reader_that_dies, terminal_that_closes):
         cwd = place(undisturbed(2))
@@ -624,7 +624,7 @@ def strangers():
         cwd = place(undisturbed(2))
         (cwd / "victim").write_text("mine")
         change(cwd / "r")
-        code, = end(start(cwd, "--resume", "--steps", 3, "--out", "r"), 60)
+        code, = end(start(cwd, "--resume", "--steps", 3, "--out", "r"), 300)
         harmed = (cwd / "touched").exists() or (cwd / "victim").read_text() != "mine"
         yield what, "silent" if harmed else ended(cwd, code)
 
