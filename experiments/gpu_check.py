@@ -88,8 +88,9 @@ def child(name, number, args) -> tuple[dict, str]:
     env = dict(os.environ)
     if part in ("card", "fit", "tests"):  # without the other ranks
         env = {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE")}
-    # The ranks' children meet in torchrun's store, which keeps attempts apart.
-    env["TORCHELASTIC_RESTART_COUNT"] = str(100 + number)
+    # The ranks' children meet at a port of their own: torchrun's store remembers those before.
+    env["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    env["MASTER_PORT"] = str(int(env.get("MASTER_PORT", 29500)) + 1 + number)
     try:
         ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900,
                              cwd=Path(__file__).parent.parent)
@@ -342,7 +343,8 @@ def main():
     torch.set_num_threads(1)
     if not args.part:
         os.environ["CHECKED_RANKS"] = str(train.WORLD)
-        sys.exit(1 if check(args.out, args.train_flags)["failed"] else 0)
+        failed = check(args.out, args.train_flags)["failed"]
+        sys.exit(1 if failed and train.MAIN else 0)  # torchrun ends all where one rank fails
     if args.no_flash:
         network.flash_attn_varlen_func = rollout.flash_attn_with_kvcache = None
     if train.WORLD > 1 and args.part != "train":  # that one starts them itself
