@@ -6,8 +6,8 @@
     python experiments/plot.py                                 # figures and tables from the lines
 
 A run whose line is there is not run again, so a sweep may be killed and repeated. train.py runs as
-it is. Two grids look inside it, at two places that are wrapped here: train.collect, where a step's
-rollouts are there and nothing is updated yet, and losses.policy_loss.
+it is, without its pictures. Two grids look inside it, at two places that are wrapped here:
+train.collect, where a step's rollouts are there and nothing is updated yet, and losses.policy_loss.
 """
 import argparse
 import contextlib
@@ -178,6 +178,7 @@ def one_run(run, commit) -> dict:
         for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             stack.enter_context(redirect(io.StringIO()))
         stack.enter_context(patch.object(train, "collect", looking(train.collect, look)))
+        stack.enter_context(patch.object(train, "draw_curves", drawn_by_nobody))  # a third of a run
         flags = train.parse([*argv, *run["flags"].split(), "--out", f"{out}/run"])
         start = ONE_START.get(run["task"], run["seed"])
         flags.model = str(train.small_model(dataclasses.replace(flags, seed=start)))
@@ -199,6 +200,10 @@ def one_run(run, commit) -> dict:
             "collapsed": bool(failed) or collapsed(reward),
             "curves": {key: [m[key] for m in history] for key in CURVES},
             **({run["measure"]: look.found} if run["measure"] else {})}
+
+
+def drawn_by_nobody(*_):
+    pass
 
 
 def collapsed(reward) -> bool:
