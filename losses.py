@@ -7,9 +7,9 @@ number. This file needs torch and nothing else of ours: copy it.
 
 The field argues over one line: what to do with the importance ratio, pi / pi_old, of a token. An
 objective takes a Batch `b` and returns a loss per token, (B,T), as its paper writes it; autograd
-does the rest. Each is a weight w on the policy gradient, grad loss = -mean(w grad log pi), where
-w = ratio A if nothing is clipped, and differs from the others only in w. Read downwards: every
-family changes one thing. (sg[..]: a number without gradient. docs/objectives.md: official code.)
+does the rest. Each is a weight w on the policy gradient, grad loss = -mean(w grad log pi). Without
+a clip, w = ratio A; the objectives differ in w and in nothing else. Read downwards: every family
+changes one thing. (sg[..]: a number without gradient. docs/objectives.md: official code.)
 """
 import difflib
 import inspect
@@ -21,7 +21,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
                 "seq-mean-token-sum-norm", "winning-groups")
 ADVANTAGES = ("grpo", "mean", "rloo", "maxrl", "gpg", "reinforce_pp", "reward", "signed")
 
-def objective(agg, advantage="grpo", passes=({},), statistics=None):
+def objective(agg, advantage="grpo", passes=({},), statistics=None):  # {}: one pass, nothing added
     """Register a function under its own name, with what its published run needs: aggregation and
     advantage; `passes`, the hyper-parameters added in each pass over a rollout; `statistics`, a
     function(logp, old_logp, mask, **hyper) to sums over the whole mini-batch, all ranks."""
@@ -88,7 +88,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     if ref_logp is not None:  # Schulman's k3, an estimate of KL(pi || reference), never negative
         log_ratio = (b.clean("ref_logp", ref_logp.detach()) - b.logp).clamp(-20, 20)
         loss = loss + kl_beta * (log_ratio.exp() - 1 - log_ratio)
-    loss = torch.where(b.log_ratio.isnan(), b.log_ratio, loss)  # also where f did not look
+    loss = torch.where(b.log_ratio.isnan(), b.log_ratio, loss)  # NaN shows in any case
     loss = aggregate(loss, b.chosen, agg, totals, max_len, group_size)
     return loss, {key: value.detach() for key, value in b.metrics.items()}
 
@@ -98,7 +98,7 @@ class Batch:
     def __init__(self, logp, old_logp, adv, mask, entropy, sum_p2, pass_rate):
         self.keep = mask.bool()
         self.mask = self.keep.to(torch.promote_types(logp.dtype, torch.float32))
-        self.chosen = self.mask  # the tokens that the loss is a mean of
+        self.chosen = self.mask  # the tokens that the loss is a mean of: a part of the mask
         self.logp = self.clean("logp", logp)
         self.old_logp = self.clean("old_logp", old_logp.detach())
         self.log_ratio = self.logp - self.old_logp
@@ -123,7 +123,7 @@ class Batch:
         return (t * self.mask).sum(1, keepdim=True)
     def seq_mean(self, t):
         return self.seq_sum(t) / self.mask.sum(1, keepdim=True).clamp(min=1)
-    def as_ratio(self, w):  # behaves like a ratio: value w, gradient w grad log pi
+    def as_ratio(self, w):  # value w, gradient w grad log pi, as exp(x - sg[x]) is 1
         return w.detach() * (self.logp - self.logp.detach()).exp()
     def by_sign(self, winner, loser):  # one number where A > 0, another elsewhere
         return torch.full_like(self.A, loser).masked_fill(self.A > 0, winner)
@@ -133,7 +133,7 @@ class Batch:
         return getattr(self, name)
 
 def outside(b, low, high, dual_clip=None, ratio=None):
-    """Where PPO stops: losers below the band or beyond the dual clip, and winners above it."""
+    """Where PPO stops: losers below the band or beyond the dual clip, winners above; counted."""
     ratio = b.ratio if ratio is None else ratio  # (B,T)
     stop = ratio < low if dual_clip is None else (ratio < low) | (ratio > dual_clip)
     losers, winners = (b.A < 0) & stop, (b.A > 0) & (ratio > high)
@@ -147,7 +147,7 @@ def clip(b, low, high, dual_clip=None, ratio=None):
     ratio = b.ratio if ratio is None else ratio
     outside(b, low, high, dual_clip, ratio)
     loss = -torch.minimum(ratio * b.A, ratio.clamp(low, high) * b.A)
-    return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())
+    return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())  # > 0
 
 # ---- 1. A fixed band around ratio 1 --------------------------------------------------------------
 @objective("seq-mean-token-mean")
@@ -175,7 +175,7 @@ def kl3_bounds(delta):
     return math.exp(low), math.exp(high)
 @objective("token-mean", advantage="signed")
 def psr_nsr(b, psr=0.1, nsr=1.0, eps_low=0.2, eps_high=0.2):
-    """W-REINFORCE (2506.01347): winners times psr, losers times nsr; 0: they leave the mean."""
+    """W-REINFORCE (2506.01347): winners times psr, losers times nsr; 0: not in the mean."""
     b.A = b.A * b.by_sign(psr, nsr)
     b.chosen = b.mask if psr and nsr else b.mask * (b.A != 0)
     return clip(b, 1 - eps_low, 1 + eps_high)
@@ -183,7 +183,7 @@ def psr_nsr(b, psr=0.1, nsr=1.0, eps_low=0.2, eps_high=0.2):
 def wapo(b, eps=9.0):
     """WAPO (2606.16154): winners only, clipped above only. -min(ratio, 1 + eps) A"""
     b.A = b.A * (b.seq_mean(b.A) > 0)  # whole responses win or do not
-    return clip(b, 0.0, 1 + eps)
+    return clip(b, 0.0, 1 + eps)  # no ratio is below 0
 
 # ---- 2. A band that adapts: to the probability, to the group, to the batch -----------------------
 def bin_of(p, bins):  # which of equal bins, the last one closed; NaN must not become an index

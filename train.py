@@ -3,13 +3,13 @@
     python train.py                                        # a laptop: no GPU, no network, a minute
     torchrun --nproc_per_node=8 train.py --loss acpo --model Qwen/Qwen2.5-7B --data orz57k \\
         --template orz --prompts 128 --samples 10 --updates 2 --max_new_tokens 3072 --lr 1e-6 \\
-        --tokens_per_microbatch 16384 --recompute
+        --beta2 0.999 --tokens_per_microbatch 16384 --recompute
     python train.py --out runs/mine --resume --steps 300   # go on where it stopped
 
 Without --model, also under torchrun, a small model is built for a procedural task and warm-started
 on demonstrations, so that the reward has something to select from. Every rank holds all rollouts
 of a step (token ids are small) and computes the same plan of mini-batches and micro-batches from
-them, so nobody has to hand out work. What the loop calls stands below it, in the order of the calls.
+them, so nobody has to hand out work. What the loop calls stands below it, in the order of calls.
 """
 import argparse
 import dataclasses
@@ -57,7 +57,8 @@ def train(run: "Run") -> None:
     """The algorithm. From the second update on, the policy is not the one that sampled any more;
     what to do with the ratio of the two is what the objectives in losses.py differ in."""
     flags = run.flags
-    objective = losses.OBJECTIVES[flags.loss]
+    # Over each rollout: one pass that adds no hyper-parameter, unless flag or objective say more.
+    passes = flags.epochs * losses.OBJECTIVES[flags.loss].passes
     while run.step < flags.steps and not run.stopped:
         run.step += 1
         metrics = dict.fromkeys(METRICS) | {"step": run.step}
@@ -72,14 +73,13 @@ def train(run: "Run") -> None:
         # Advantage: by how much a response is better than the others of its group.
         assign_advantages(rollouts, flags)
 
-        # Learning: K gradient steps, each on a mini-batch of the rollouts that no other has.
+        # Learning: K = --updates gradient steps, each on a mini-batch of its own.
         meter, norms = Meter(), []
         if flags.old_logp == "trainer":
             recompute_old_logp(run, rollouts, meter)
-        for _ in range(flags.epochs):
-            for extra in objective.passes:  # one, except for an objective that asks for more
-                for minibatch in minibatches(rollouts, flags):
-                    norms.append(update(run, minibatch, extra, meter, first=not norms))
+        for extra in passes:
+            for minibatch in minibatches(rollouts, flags):
+                norms.append(update(run, minibatch, extra, meter, first=not norms))
         update_seconds = time.time() - began - rollout_seconds
 
         # Log, evaluate, save.
@@ -87,7 +87,7 @@ def train(run: "Run") -> None:
             metrics["eval"] = evaluate(run)
         metrics |= describe(sampled, flags) | meter.means() | gradient_norms(norms)
         metrics["rollout_tps"] = sum(r.length for r in sampled) / rollout_seconds
-        metrics["update_tps"] = sum(r.length for r in rollouts) * flags.epochs / update_seconds
+        metrics["update_tps"] = len(passes) * sum(r.length for r in rollouts) / update_seconds
         metrics["seconds"] = time.time() - began
         run.stopped = any(gather([run.stop.told]))
         run.log.write(metrics)
@@ -352,7 +352,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
         if run.reference is not None:
             with torch.no_grad():
                 ref_logp = token_stats(run.reference, micro, flags).logp
-        if not micro:  # under FSDP, this rank too must take part in every pass
+        if not micro:  # an empty bin: under FSDP, this rank too must take part in every pass
             tokens.logp.sum().backward()
             continue
         loss, metrics = losses.policy_loss(
@@ -385,7 +385,7 @@ def step_optimizer(run) -> float:
 
 
 def microbatches(rollouts, budget) -> list[list[Rollout]]:
-    """Bins of nearly equal tokens, at most `budget` unless one rollout alone is longer. Their number
+    """Bins of nearly equal tokens, at most `budget` unless a rollout alone is longer. Their number
     is a multiple of the ranks, and rank r takes bins r, r + WORLD, ...; a bin may be empty."""
     padded = attention_kernel(DEVICE, compute_dtype()) == "sdpa"
     longest = defaultdict(int)  # of each group
@@ -434,6 +434,7 @@ def recorded(rollouts) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([r.length for r in rollouts], dtype=torch.long, device=DEVICE)
     longest = max((r.length for r in rollouts), default=1)
     mask = torch.arange(longest, device=DEVICE) < lengths[:, None]
+    # old_logp is there where the trainer computed it again: --old_logp trainer
     flat = [logp for r in rollouts for logp in r.old_logp or r.logp]
     flat = torch.tensor(flat, device=DEVICE, dtype=torch.float32)
     return mask, torch.zeros(mask.shape, device=DEVICE).masked_scatter(mask, flat)
@@ -596,8 +597,8 @@ def give_up_on_nan(run) -> None:
     """Three steps running with an update that was not finite: nothing will come of it any more."""
     last = run.log.history[-3:]
     if len(last) == 3 and all(m["skipped"] for m in last):
-        raise ValueError("loss or gradient not finite in three steps running: lower --lr, or look at "
-                         f"--loss; {run.out}/metrics.jsonl has what came before")
+        raise ValueError("loss or gradient not finite in three steps running: lower --lr, or look "
+                         f"at --loss; {run.out}/metrics.jsonl has what came before")
 
 
 PANELS = ("reward eval", "length", "entropy", "clip_low clip_high", "ratio_std", "grad_norm")
@@ -888,7 +889,8 @@ def load_model(source, flags) -> Model:
 
 def shard(model, mesh, offload=False) -> Model:
     """FSDP2, a unit per block: float32 masters and gradients, compute in compute_dtype(). A mesh of
-    two dimensions (replicas, shards) is HSDP. Applied from outside: model.py knows nothing of it."""
+    two dimensions (replicas, shards) is HSDP. Applied from outside: model.py knows nothing of it.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     precision = MixedPrecisionPolicy(compute_dtype(), reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)
@@ -911,14 +913,15 @@ def load_questions(flags, model, tokenizer):
     seed = flags.seed if procedural else 0
     problems = data.load(flags.data, "train", seed=seed, args=args)
     if flags.eval_data or procedural or "test" in data.SOURCES.get(flags.data, ()):
-        held_out = data.load(flags.eval_data or flags.data, "test", n=flags.eval_problems, args=args)
+        name = flags.eval_data or flags.data
+        held_out = data.load(name, "test", n=flags.eval_problems, args=args)
     else:
         held_out = problems[1::10][:flags.eval_problems]  # spread: the file may be sorted
         kept_back = {p.id for p in held_out}
         problems = [p for p in problems if p.id not in kept_back]
         if not held_out:
-            raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and held "
-                             "out; give --eval_data")
+            raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and "
+                             "held out; give --eval_data")
     longest = min(flags.max_prompt_tokens,
                   model.config.max_position_embeddings - flags.max_new_tokens)
     chat_args = data.parse_args(flags.template_args, "--template_args")
@@ -927,8 +930,8 @@ def load_questions(flags, model, tokenizer):
         return [data.encode(some, flags.template, tokenizer, longest, chat_args)
                 for some in (problems, held_out)]
     except ValueError as e:
-        raise ValueError(f"--data {flags.data}: {e} (--max_prompt_tokens {flags.max_prompt_tokens}, "
-                         f"--max_new_tokens {flags.max_new_tokens})") from None
+        limits = f"--max_prompt_tokens {longest}, --max_new_tokens {flags.max_new_tokens}"
+        raise ValueError(f"--data {flags.data}: {e} ({limits})") from None
 
 
 def small_model(flags) -> Path:
@@ -1155,7 +1158,8 @@ def refuse_another_run(flags, saved) -> None:
     for name in ("model", "data", "width", "layers", "skill_steps", "habit_steps", "seed"):
         was, now = getattr(saved, name), getattr(flags, name)
         if was != now:
-            raise ValueError(f"--resume: --{name} was {was!r} in this run and cannot become {now!r}")
+            raise ValueError(f"--resume: --{name} was {was!r} in this run and cannot "
+                             f"become {now!r}")
 
 
 def check(flags) -> None:
@@ -1167,10 +1171,10 @@ def check(flags) -> None:
         raise ValueError(f"--overlong_buffer {flags.overlong_buffer}: longer than a response, "
                          f"--max_new_tokens {flags.max_new_tokens}")
     if flags.width % 8:
-        raise ValueError(f"--width {flags.width}: must be a multiple of 8 (four heads of even size)")
+        raise ValueError(f"--width {flags.width}: must be a multiple of 8 (four even heads)")
     if flags.shards_per_replica and WORLD % flags.shards_per_replica:
-        raise ValueError(f"--shards_per_replica {flags.shards_per_replica}: {WORLD} ranks cannot be "
-                         "split into such groups; 0 is one group of all")
+        raise ValueError(f"--shards_per_replica {flags.shards_per_replica}: {WORLD} ranks cannot "
+                         "be split into such groups; 0 is one group of all")
     if flags.offload and WORLD == 1 and DEVICE.type == "cpu":
         raise ValueError("--offload: one process on a CPU has nothing to offload from")
     data.check(flags.template, ("auto", *data.TEMPLATES), "template")
@@ -1215,7 +1219,7 @@ def main() -> None:
         sys.exit(fail(str(e) or type(e).__name__, flags))
     except torch.OutOfMemoryError as e:
         sys.exit(fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower "
-                      "--tokens_per_microbatch or --kv_tokens, add --recompute or --offload", flags))
+                      "--tokens_per_microbatch or --kv_tokens, add --recompute", flags))
     except RuntimeError as e:  # most often a collective whose other side is gone
         traceback.print_exc()
         sys.exit(fail((str(e) or type(e).__name__).splitlines()[0], flags))
@@ -1238,7 +1242,7 @@ def say_goodbye(run) -> None:
 
 
 def fail(why, flags=None) -> str:
-    """The last line of a run that failed. A new one that has not done a step leaves no directory."""
+    """The last line of a run that failed. A new one without a step leaves no directory."""
     if LOCKS and (Path(flags.out) / "latest").is_file() and "--resume" not in why:
         why += f"; what was saved is whole: go on with --resume --out {flags.out}"
     elif LOCKS and not flags.resume:
