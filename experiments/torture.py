@@ -614,7 +614,8 @@ def hostile_files():
     for file, text in itertools.product((f"{resume}/state.json", f"{resume}/checksums.json",
                                          "step-000002/config.json", "config.json"), TEXTS):
         yield f"{file} {text:.20}", partial(write, file, text)
-    for name, value in itertools.product(train.Flags.__dataclass_fields__, WRONG):
+    flags = [name for name in train.Flags.__dataclass_fields__ if name != "compile"]  # minutes
+    for name, value in itertools.product(flags, WRONG):
         yield f"config.json {name} {value!r}", partial(edit, "config.json", name, value)
 
 
