@@ -569,7 +569,7 @@ class Log:
         self.bar.update()
         if MAIN and self.quiet:
             print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
-        if MAIN and (metrics["step"] == self.flags.steps or time.time() - self.drawn > 15):
+        if MAIN and (metrics["step"] == self.flags.steps or time.time() - self.drawn > 60):
             self.drawn = time.time()
             try:
                 draw_curves(self.out, self.flags.loss, self.history)
