@@ -37,7 +37,8 @@ def walk() -> dict:
     # Rollout: eight responses, each token with the log-prob it was drawn with.
     prompt = tokenizer.encode(PROMPT)
     rollouts = generate(model, [prompt], SAMPLES, flags.max_new_tokens, seed=125)
-    texts = [tokenizer.decode(r.tokens[r.prompt_len:]) for r in rollouts]
+    responses = [r.tokens[r.prompt_len:] for r in rollouts]
+    texts = [tokenizer.decode(response) for response in responses]
 
     # Reward and advantage: right or wrong, against the other samples of the same prompt.
     answer = str(sum(map(int, PROMPT[:-1])) % 10)
@@ -60,7 +61,7 @@ def walk() -> dict:
                       "logp": tokens.logp.detach(), "weights": weights, "metrics": metrics})
     with torch.no_grad():
         after = train.token_stats(model, rollouts, flags).logp
-    written = [[tokenizer.decode([t]) for t in r.tokens[r.prompt_len:]] for r in rollouts]
+    written = [[tokenizer.decode([t]) for t in response] for response in responses]
     return {"answer": answer, "texts": texts, "tokens": written, "adv": adv, "steps": steps,
             "reward": train.per_rollout(rollouts, "score"), "after": after}
 
@@ -70,7 +71,8 @@ def token_weights(name, tokens, adv):
     logp = tokens.logp.detach().requires_grad_()
     loss, _ = losses.policy_loss(name, logp, tokens.old_logp, adv, tokens.mask,
                                  agg="seq-mean-token-mean")
-    return -torch.autograd.grad(loss, logp)[0] * len(logp) * tokens.mask.sum(1, keepdim=True)
+    (grad,) = torch.autograd.grad(loss, logp)
+    return -grad * len(logp) * tokens.mask.sum(1, keepdim=True)  # undo the two means
 
 
 def report(w) -> str:
@@ -82,7 +84,8 @@ def report(w) -> str:
     first, second = w["steps"]
     for i in SHOWN:
         for t, token in enumerate(w["tokens"][i]):
-            ratios = [(step["logp"] - step["old_logp"])[i, t].exp() for step in w["steps"]]
+            log_ratios = [step["logp"] - step["old_logp"] for step in w["steps"]]
+            ratios = [log_ratio[i, t].exp() for log_ratio in log_ratios]
             weights = [second["weights"][name][i, t] + 0.0 for name in NAMES]  # no "-0.000"
             line = f" {i} {token:5s} {first['old_logp'][i, t].exp():6.3f} {ratios[0]:7.3f} "
             line += f"{first['weights']['grpo'][i, t]:7.3f} {ratios[1]:8.3f} "

@@ -193,5 +193,5 @@ def test_every_printed_command_fits():
         raw = dry_run.architecture(shape)
         m = dry_run.measure(raw, gpus, asked)
         left, sequences = dry_run.fit(raw, gpus, asked, m, dry_run.CARDS[card])
-        print(card, gpus, argv, f"update {m['update']:.1f} GiB, {left:.1f} left, {sequences} at once")
+        print(card, gpus, argv, f"{m['update']:.1f} GiB, {left:.1f} left, {sequences} at once")
         assert left >= 0 and sequences, (card, gpus, argv)
