@@ -329,9 +329,11 @@ def our_steps(model, tokenizer, prompts, texts, limit, end):
                         tokens_per_microbatch=4096)
     optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
-    run = SimpleNamespace(
-        flags=flags, model=model, reference=None, tokenizer=tokenizer, end_ids=[end],
-        optimizer=optimizer, step=1, scorer=lambda items: [(grade(text), "ok") for _, text, _ in items])
+
+    def scorer(items):
+        return [(grade(text), "ok") for _, text, _ in items]
+    run = SimpleNamespace(flags=flags, model=model, reference=None, tokenizer=tokenizer, step=1,
+                          end_ids=[end], optimizer=optimizer, scorer=scorer)
     questions = [data.Question(data.Problem(text, {}, ""), text, ids)
                  for text, ids in zip(texts, prompts)]
     starts = iter(range(0, len(questions), 32))
