@@ -1,6 +1,6 @@
-"""The default run, ten seeds, as a newcomer types it, and two controls: README's first picture.
+"""The default run, five seeds, as a newcomer types it, and two controls: README's first picture.
 
-    python experiments/default_run.py          # one after the other, 15 to 25 minutes
+    python experiments/default_run.py          # one after the other, 10 to 15 minutes
     python experiments/default_run.py --draw   # the figure again, from results/default_run.json
 
 Every run is a fresh process in a directory of its own: wall times include imports and warm start.
@@ -17,9 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/default_run.json"
 RUNS = {  # flags: (name, color, seeds)
-    "": ("default run", "#1f5a99", 10),
-    "--skill_steps 1": ("warm start on guesses only", "#c98a1b", 3),
-    "--skill_steps 0": ("no warm start", "#b0413e", 3)}
+    "": ("default run", "#1f5a99", 5),
+    "--skill_steps 1": ("warm start on guesses only", "#c98a1b", 2),
+    "--skill_steps 0": ("no warm start", "#b0413e", 2)}
 KEPT = ("step", "reward", "eval", "length", "entropy", "sampler_kl", "sampler_max")
 
 
