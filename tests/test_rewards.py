@@ -925,7 +925,8 @@ def test_any_text_gives_a_score_in_time(text, task, frame):
 @settings(deadline=None, max_examples=50)
 @given(LATEX)
 def test_any_answer_equals_itself_whatever_surrounds_it(text):
-    assert not check_gold("math", {"answer": text}) or not text or rewards.refused(text) or "{" in text
+    if text and not rewards.refused(text) and not set("{}") & set(text):  # braces may not match
+        assert check_gold("math", {"answer": text}) is None
 
 
 @settings(deadline=None, max_examples=50)
@@ -1030,7 +1031,9 @@ def test_a_batch_of_bombs_is_given_up(monkeypatch):
 
 
 def test_ctrl_c_is_heard_while_grading():
-    code = ("import rewards; s = rewards.Scorer(workers=1, timeout=2); s([('math', r'\\boxed{x+1}', "
+    # a job in the background may have been started with SIGINT ignored
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "import rewards; s = rewards.Scorer(workers=1, timeout=2); s([('math', r'\\boxed{x+1}', "
             "{'answer': '1+x'})]); print('ready', flush=True); "
             r"s([('math', r'\boxed{\sum_{i=1}^{9999} \sin i}', {'answer': 'x'})] * 500)")
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
