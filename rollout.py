@@ -64,24 +64,25 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
              progress=False) -> list[Rollout]:
     """n samples of each of `prompts` (lists of token ids), prompt-major.
 
-    temperature: 0 is greedy. seed: one int, or one per prompt. eos_ids: None is the model's own,
+    max_new_tokens, seed: one int, or one per prompt. temperature: 0 is greedy. eos_ids: None is the model's own,
     [] is none. stop: strings that end a response and stay in it (need `tokenizer`). slots: rows
     decoded at once (default: all that fit). kv_tokens: tokens the cache may hold (default: 60 %
     of the free GPU memory, 2 GiB on a CPU). progress: show rollouts of over 5 s on stderr.
     Raises ValueError, one line, before any work if a request is wrong or cannot fit."""
     if not prompts:
         return []
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
-    check(model, prompts, seeds, n, max_new_tokens, temperature, top_p, stop, tokenizer, slots)
-    requests = [Request(prompt, seed, sample)
-                for prompt, seed in zip(prompts, seeds) for sample in range(n)]
-    length = max(map(len, prompts)) + max_new_tokens
+    seeds, limits = [[value] * len(prompts) if isinstance(value, int) else list(value)
+                     for value in (seed, max_new_tokens)]
+    check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer, slots)
+    requests = [Request(*request, sample)
+                for request in zip(prompts, limits, seeds) for sample in range(n)]
+    length = max(len(request.prompt) + request.limit for request in requests)
     fit = slots_that_fit(model, length, kv_tokens)
     slots = min(fit, len(requests), slots or fit)
 
     ends = model.eos_ids if eos_ids is None else eos_ids
     ends = {e for e in ends if e is not None and 0 <= e < model.config.vocab_size}
-    decoder = Decoder(model, slots, length, max_new_tokens, ends,
+    decoder = Decoder(model, slots, length, max(limits), ends,
                       temperature=temperature, top_p=top_p)
     batch = Batch(decoder, requests, ends, stop, tokenizer)
     batch.refill([])
@@ -100,6 +101,7 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
 @dataclass
 class Request:
     prompt: list[int]
+    limit: int  # tokens of the response
     seed: int
     sample: int
     result: Rollout | None = None
@@ -161,7 +163,7 @@ class Batch:
     def harvest(self):
         """The rows that are over; what they hold becomes their requests' results."""
         d = self.decoder
-        _, _, made, alive = d.state[:, :self.live].tolist()
+        _, _, made, alive, _ = d.state[:, :self.live].tolist()
         over = [row for row in range(self.live) if not alive[row]]
         for row in over:
             request = self.request[row]
@@ -253,9 +255,9 @@ class Decoder:
         self.goes_on = torch.ones(model.config.vocab_size, dtype=torch.long, device=device)
         self.goes_on[list(ends)] = 0  # (V,) 0 for tokens that end a response
         # per slot: the token that is fed next, its place in the sequence, response tokens drawn,
-        # 1 while the sequence goes on
-        self.state = torch.zeros(4, slots, dtype=torch.long, device=device)
-        self.token, self.position, self.made, self.alive = self.state
+        # 1 while the sequence goes on, the most tokens that may be drawn
+        self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
+        self.token, self.position, self.made, self.alive, _ = self.state
         # by slot and number in the response; the last column is for rows that are full
         self.u = torch.zeros(slots, max_new_tokens + 1, device=device)
         self.logp = torch.zeros_like(self.u)
@@ -268,7 +270,7 @@ class Decoder:
     def step(self, n, length):
         """Feed one token of each of the slots [0, n), all at places < length, and draw the next.
         A sequence that is over stays where it is and overwrites what lies beyond its end."""
-        token, position, made, alive = self.state[:, :n]
+        token, position, made, alive, limit = self.state[:, :n]
         rope = [table[position] for table in self.rope]
         attend = self.cache.decode(position, length)
         hidden = self.model.body(token, position, attend, rope)  # (n,D)
@@ -280,7 +282,7 @@ class Decoder:
         token.copy_(new)
         position += alive
         made += alive
-        alive *= self.goes_on[new] * (made < self.max_new_tokens)
+        alive *= self.goes_on[new] * (made < limit)
 
     def run(self, n, longest):
         """step() over at least n slots and `longest` places; on CUDA a known shape is a graph."""
@@ -317,7 +319,7 @@ class Decoder:
 
     def start(self, slots, requests):
         """`requests` begin in `slots`, whose cache holds their prompts but for the last tokens."""
-        last = torch.tensor([[r.prompt[-1], len(r.prompt) - 1, 0, 1] for r in requests])
+        last = torch.tensor([[r.prompt[-1], len(r.prompt) - 1, 0, 1, r.limit] for r in requests])
         self.state[:, slots] = last.T.to(self.device)
         u = torch.stack([uniforms(r.prompt, r.seed, r.sample, self.max_new_tokens)
                          for r in requests])
@@ -460,18 +462,20 @@ def uniforms(prompt, seed, sample, count):
 # ---- Plumbing -----------------------------------------------------------------------------------
 
 
-def check(model, prompts, seeds, n, max_new_tokens, temperature, top_p, stop, tokenizer, slots):
+def check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer, slots):
     """ValueError, one line that names the value, where generate() cannot do what it is asked."""
     def need(right, what):
         if not right:
             raise ValueError(f"generate: {what}")
-    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("slots", slots)):
-        need(value is None or value >= 1, f"{name}={value} must be at least 1")
+    for name, values in (("n", [n]), ("max_new_tokens", limits), ("slots", [slots])):
+        for value in values:
+            need(value is None or value >= 1, f"{name}={value} must be at least 1")
     need(temperature == 0 or temperature >= COLDEST,
          f"temperature={temperature} must be 0 (greedy) or at least {COLDEST}")
     need(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
-    need(len(seeds) == len(prompts),
-         f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt")
+    for name, values in (("seeds", seeds), ("values of max_new_tokens", limits)):
+        need(len(values) == len(prompts),
+             f"{len(values)} {name} for {len(prompts)} prompts; give one, or one per prompt")
     need(all(stop), "a stop string is empty; leave it out")
     need(tokenizer or not stop, "stop strings need tokenizer=")
     for i, prompt in enumerate(prompts):

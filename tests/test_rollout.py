@@ -119,6 +119,15 @@ def test_every_slot_count_and_order_draws_the_same(monkeypatch):
     assert all(at_an_edge(model, whole[i, j], r, 100 + i, j) for i, j, r in differing)
 
 
+def test_every_prompt_has_its_own_limit():
+    """A shorter one cuts a response and changes none of its tokens, whoever shares the batch."""
+    model, prompts, limits = build(), some_prompts(6), [1, 30, 7, 30, 2, 19]
+    long = generate(model, prompts, 2, 30, seed=5, eos_ids=[])
+    short = generate(model, prompts, 2, limits, seed=5, eos_ids=[], slots=5)
+    for i, (a, b) in enumerate(zip(long, short)):
+        assert b.length == limits[i // 2] and a.tokens[:len(b.tokens)] == b.tokens
+
+
 def test_a_recycled_slot_forgets_its_last_sequence():
     """A short prompt in a slot that held a long one, while its neighbour is still far ahead: keys
     beyond its own position must not be seen."""
@@ -384,6 +393,7 @@ def test_interrupt_leaves_a_clean_state(monkeypatch):
     (dict(prompts=[[-1]]), "prompt 0"),
     (dict(n=0), "n=0"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
+    (dict(max_new_tokens=[5, 5]), "2 values of max_new_tokens for 1 prompts"),
     (dict(slots=0), "slots=0"),
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(top_p=1.1), "top_p=1.1"),
