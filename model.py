@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,10 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch 2.9
-    varlen_attn = None
+varlen_attn = None  # torch 2.9 has none
+if torch.cuda.is_available():  # importing it takes two seconds
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
 # sums of bfloat16 products stay float32 where a matmul is split: sampler and trainer part less
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -284,10 +284,16 @@ if varlen_attn and "window_size" in inspect.signature(varlen_attn).parameters:
 # ---- The network ----
 
 # PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD's cores; oneDNN, which comes with PyTorch,
-# takes AVX-512 and is up to twice as fast. On AVX2 it is slower, and a call of it costs 25 us more:
-# it gets products of so many multiplications. RLVR_ONEDNN=1 or 0 overrides.
-cpu = os.environ.get("RLVR_ONEDNN") or torch.backends.cpu.get_cpu_capability()
-ONEDNN = cpu in ("1", "AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# takes their AVX-512 and is up to twice as fast. On Intel's cores MKL takes it too. A call of
+# oneDNN costs 25 us more: it gets products of so many multiplications. RLVR_ONEDNN=1 or 0 overrides.
+def onednn_is_faster() -> bool:
+    cpus = Path("/proc/cpuinfo")
+    amd = cpus.is_file() and "AuthenticAMD" in cpus.open().read(1000)
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+ONEDNN = os.environ.get("RLVR_ONEDNN") or str(int(onednn_is_faster()))
+ONEDNN = ONEDNN == "1" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_FROM = 2**21
 
 
