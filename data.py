@@ -711,6 +711,9 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     if not tokenizer.chat_template:
         raise ValueError("template chat: this tokenizer has none; choose orz, r1, qwen_math, plain")
     from jinja2 import TemplateError
+    from jinja2.sandbox import SandboxedEnvironment
+    SandboxedEnvironment.intercepted_binops = {"*", "**"}
+    SandboxedEnvironment.default_binop_table |= {"*": times, "**": power}
     variables = {"date": DATE} | template_args
     template = at_date(tokenizer.get_chat_template(), variables.pop("date"))
     texts = []
@@ -738,6 +741,21 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
         why = f"{type(texts[-1]).__name__}: {first_line(texts[-1])}"
         raise ValueError(f"the chat template cannot show a question ({why}); see --template")
     return texts
+
+
+def times(a, b):
+    """a * b in a chat template. A single product of giants takes hours, in which Python runs no
+    other thread, so that nobody can stop waiting."""
+    sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (a, b)]
+    if sizes[0] * sizes[1] > 10**9:
+        raise ValueError("a product above 10**9")
+    return a * b
+
+
+def power(a, b):
+    if abs(a) > 1000 or abs(b) > 100:
+        raise ValueError("a power above 1000**100")
+    return a ** b
 
 
 def at_date(template, date):

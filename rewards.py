@@ -734,8 +734,8 @@ def alarm(seconds):
 
 def worker():
     """The child process: lines [seconds, [[gold, pred], ...]] in, lines [score, status] out. It
-    ends with its parent: its input ends, or what it writes finds no reader."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
+    ends when its input does, with its parent."""
+    sys.stdout = sys.stderr  # what a library prints must not look like an answer
     logging.disable(logging.CRITICAL)
     if sys.platform == "linux":
         import resource
@@ -752,7 +752,8 @@ def worker():
         except KeyboardInterrupt:
             status = "timeout"
         alarm(0)
-        print(json.dumps([score, status]), file=out, flush=True)
+        with suppress(OSError):  # the parent has died, and so the input ends, too
+            os.write(1, json.dumps([score, status]).encode() + b"\n")
 
 class Worker:
     """Child process `python rewards.py --worker`, started on first use: computer algebra may never

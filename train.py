@@ -546,7 +546,7 @@ class Log:
 
     def __init__(self, flags, out, history):
         self.flags, self.out, self.history = flags, out, history
-        self.drawn = 0.0
+        self.drawn = time.time()  # not in the first minute: it costs a second
         self.file = open(out / "metrics.jsonl" if MAIN else os.devnull, "a")
         self.quiet = not sys.stderr.isatty()  # into a file: a line a step instead of a bar
         self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
@@ -661,7 +661,10 @@ def restore(run, checkpoint) -> None:
         raise ValueError(f"--resume: {checkpoint}/resume/state.json has not the numbers of this "
                          "checkpoint; choose another with --resume_from")
     files = [p for p in (checkpoint / "resume").glob("*.safetensors") if p.is_file()]
-    read_tensors(sorted(files), trained_state(run))
+    try:
+        read_tensors(sorted(files), trained_state(run))
+    except ValueError as e:
+        raise ValueError(f"--resume: {e}") from None
     run.step, run.position = step, position
 
 
@@ -1149,7 +1152,7 @@ def flags_of_run(out) -> list[str]:
     saved, argv = read_json(out / "config.json") | {"out": str(out), "resume": True}, []
     for f in dataclasses.fields(Flags):
         value = saved.get(f.name, f.default)
-        several = isinstance(value, (list, tuple))
+        several = f.type is tuple and isinstance(value, (list, tuple))
         argv += [f"--{f.name}", *(map(str, value) if several else [str(value)])]
     return argv
 
@@ -1182,7 +1185,7 @@ def check(flags) -> None:
     losses.advantages(one[0], 1, flags.advantage or "grpo", one[0])
     try:  # losses.py itself says what it cannot use
         losses.policy_loss(flags.loss, logp, -one, one[0], one, agg=flags.agg or None, entropy=one,
-                           pass_rate=one[0], max_len=1, **flags.hyperparameters())
+                           sum_p2=one, pass_rate=one[0], max_len=1, **flags.hyperparameters())
     except (TypeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"--loss_args {' '.join(flags.loss_args)}: {flags.loss} cannot use that "
                          f"({str(e).splitlines()[0]})") from None

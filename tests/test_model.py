@@ -997,6 +997,9 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(checkpoint, tmp_path):
         (run_directory / "latest").write_text(name)
         with pytest.raises(ValueError, match="latest"):
             find_checkpoint(run_directory)
+    (run_directory / "latest").write_text("step-000004")
+    with pytest.raises(FileNotFoundError, match="step-000004 is gone.*latest names it"):
+        find_checkpoint(run_directory)
 
 
 def test_weights_that_are_not_finite(checkpoint):

@@ -1044,6 +1044,15 @@ def test_ctrl_c_is_heard_while_grading():
     assert "KeyboardInterrupt" in errors and child.returncode != 0
 
 
+def test_a_worker_without_reader_ends_in_silence():
+    child = subprocess.Popen([sys.executable, rewards.__file__, "--worker"], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    child.stdout = None
+    _, errors = child.communicate("[1, []]\n", timeout=60)
+    assert errors == "" and child.returncode == 0
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_workers_end_with_their_parent(busy):
     """A killed run must leave no graders behind, be they idle or inside a bomb."""

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import losses
@@ -547,6 +547,7 @@ def test_nothing_that_resume_reads_is_unpickled(run, half, tmp_path):
 
 @pytest.mark.parametrize("file, text, said", [
     ("config.json", "[]", "config.json"), ("config.json", '{"lr": null}', "--lr"),
+    ("config.json", '{"recompute": []}', "--recompute"),
     ("config.json", '{"steps": {"a": 1}}', "--steps"), ("config.json", '{"lr": Infinity}', "--lr"),
     ("config.json", '{"loss": "\\u001b[31m"}', "unknown loss"),
     ("metrics.jsonl", "{}\n{}\n", "line 1"), ("metrics.jsonl", "[[[", "line 1"),
@@ -565,6 +566,15 @@ def test_a_strange_run_directory_is_one_printable_line(run, half, file, text, sa
     assert e.value.code.startswith("train.py: ") and said in e.value.code
     assert e.value.code.isprintable()
     assert all(p.read_bytes() == content for p, content in before.items() if p.name != ".lock")
+
+
+def test_weights_of_another_model_are_refused_without_advice_that_cannot_help(run, half):
+    save_file({"weight.norm.weight": torch.ones(8)}, "r/step-000002/resume/model.safetensors")
+    sums = train.checksums(Path("r/step-000002"))
+    Path("r/step-000002/resume/checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(SystemExit, match="^train.py: --resume: .*norm.weight.*") as e:
+        run("--out", "r", "--resume", "--steps", 4)
+    assert "go on with" not in e.value.code
 
 
 def test_metrics_of_the_past_are_read_with_care(run, half):
@@ -950,6 +960,22 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(run, mo
             run(*TINY, "--steps", 9, "--out", loss, "--loss", loss)
         assert [m["skipped"] for m in metrics(loss)] == [2, 2, 2]
         assert "NaN" not in Path(loss, "metrics.jsonl").read_text()
+
+
+def test_curves_cost_a_short_run_one_picture(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "draw_curves", lambda *_: drawn.append(_[2][-1]["step"]))
+    run(*TINY, "--out", "r")
+    assert drawn == [2]
+
+
+def test_an_objective_may_use_all_that_a_batch_has(monkeypatch):
+    """Also in the trial at the start."""
+    def peaks(b):
+        return -b.ratio * b.A * b.sum_p2 * b.entropy * b.pass_rate
+    monkeypatch.setitem(losses.OBJECTIVES, "peaks", peaks)
+    losses.objective("seq-mean-token-sum-norm")(peaks)
+    assert train.parse(["--loss", "peaks"]).loss == "peaks"
 
 
 def test_help_names_every_flag():
