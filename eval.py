@@ -120,7 +120,7 @@ def origin(name):
     path = Path(name)
     if not path.is_dir():
         return {}, Path("runs") / f"eval-{name.replace('/', '--')}"
-    for directory in (path, path.resolve().parent):
+    for directory in (path, *path.resolve().parents[:2]):  # step-000100/adapter: its run
         flags = read_json(directory / "config.json")
         if is_run(flags):
             if directory == path and not (path / "latest").is_file():

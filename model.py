@@ -21,6 +21,7 @@ import shutil
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -320,13 +321,25 @@ class OneDNN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, W = ctx.saved_tensors
+        dW = product(grad.T, x.T) if ctx.needs_input_grad[1] else None  # LoRA freezes it
         dbias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return product(grad, W.T), product(grad.T, x.T), dbias
+        return product(grad, W.T), dW, dbias
 
 
 class Linear(nn.Linear):
+    """W x + b; after Model.add_lora(), with adapters A (rank,in) and B (out,rank), W + scale B A
+    takes the place of W."""
+    scale, adapted = 0.0, True
+
     def forward(self, x):
-        return product(x, self.weight, self.bias)
+        y = product(x, self.weight, self.bias)
+        if self.scale and self.adapted:
+            y = torch.add(y, product(product(x, self.lora_A), self.lora_B), alpha=self.scale)
+        return y
+
+    def merged(self):
+        W, A, B = whole(self.weight), whole(self.lora_A).float(), whole(self.lora_B).float()
+        return W + self.scale * (B @ A)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -447,7 +460,9 @@ class TokenLogp(torch.autograd.Function):
         h, W, targets, *kept = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
         dh = torch.empty_like(h)
-        dW = torch.zeros_like(W, dtype=grad.dtype)  # a bfloat16 sum would be rounded at each chunk
+        dW = None
+        if ctx.needs_input_grad[1]:  # a bfloat16 sum would be rounded at each chunk
+            dW = torch.zeros_like(W, dtype=grad.dtype)
         for i in range(0, len(h), ctx.step):
             at = slice(i, i + ctx.step)
             p = dz = None
@@ -455,8 +470,9 @@ class TokenLogp(torch.autograd.Function):
             # d log p[target] / d logits = one-hot of the target - p
             dz = (p * -grad[at]).scatter_add_(1, targets[at, None], grad[at]).to(h.dtype)
             dh[at] = product(dz, W.T)
-            dW += exact_logits(dz.T, h[at].T)
-        return dh, dW.to(W.dtype), None, None
+            if dW is not None:
+                dW += exact_logits(dz.T, h[at].T)
+        return dh, dW if dW is None else dW.to(W.dtype), None, None
 
 
 def log_probs(h, W, temperature):
@@ -464,6 +480,9 @@ def log_probs(h, W, temperature):
 
 
 # ---- The model ----
+
+PEFT = "base_model.model.model."  # before the names of an adapter's tensors
+
 
 class Model(nn.Module):
     def __init__(self, config: Config):
@@ -482,6 +501,8 @@ class Model(nn.Module):
         # keep each block's input alone for backward: a third more compute, far less memory
         self.recompute = False
         self.source: Path | None = None  # the directory it came from
+        self.lora: dict = {}  # what add_lora() did, as an adapter_config.json says it
+        self.adapter: Path | None = None  # a file with adapters, for load_weights()
         self.files: dict[str, bytes] = {}  # its tokenizer, saved along
         self.eos_ids = end_ids(config.raw, config)
 
@@ -531,6 +552,45 @@ class Model(nn.Module):
         at = (targets >= 0).nonzero()[:, 0]
         return TokenLogp.apply(hidden[at], self.head_weight, targets[at], temperature)
 
+    def linears(self) -> dict[str, Linear]:
+        """The blocks' matrices, by name."""
+        return {f"layers.{name}": layer for name, layer in self.layers.named_modules()
+                if isinstance(layer, Linear)}
+
+    def add_lora(self, rank, alpha, base, names=None) -> None:
+        """LoRA (2106.09685): freeze all weights, which `base` (path or hub id) has, and make room
+        for float32 adapters beside the matrices `names` (default: all of the blocks)."""
+        self.requires_grad_(False)
+        for name, layer in self.linears().items():
+            if names is None or name in names:
+                new = partial(layer.weight.new_empty, dtype=torch.float32)
+                layer.lora_A = nn.Parameter(new(rank, layer.in_features))
+                layer.lora_B = nn.Parameter(new(layer.out_features, rank))
+                layer.scale = alpha / rank
+        kinds = sorted({name.split(".")[-1] for name in names or self.linears()})
+        self.lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
+                     "target_modules": kinds, "base_model_name_or_path": str(base)}
+
+    def adapters(self) -> dict[str, Tensor]:
+        """LoRA's tensors, by the names that PEFT gives them."""
+        return {f"{PEFT}{name}.weight": p
+                for name, p in self.named_parameters() if ".lora_" in name}
+
+    @torch.no_grad()
+    def merge_lora(self) -> "Model":
+        for layer in self.linears().values():
+            if layer.scale:
+                layer.weight.copy_(layer.merged())
+                layer.scale = 0.0
+                del layer.lora_A, layer.lora_B
+        self.lora = {}
+        return self.requires_grad_(True)
+
+    def use_lora(self, on) -> None:
+        """Off: the model as it was before, the reference of a KL penalty."""
+        for layer in self.linears().values():
+            layer.adapted = on
+
     def check_finite(self):
         """ValueError if some weight is inf or nan, as after a step that went wrong."""
         for name, p in self.named_parameters():
@@ -555,16 +615,21 @@ class Model(nn.Module):
 
     @staticmethod
     def from_pretrained(path_or_hub_id, dtype=torch.float32, device="cpu") -> "Model":
-        """A checkpoint directory, a run directory of train.py (its newest checkpoint), or a hub id.
-        FileNotFoundError or ValueError, one line that names the file or tensor."""
+        """A checkpoint directory, a run directory of train.py (its newest checkpoint) or a hub id;
+        a PEFT adapter (LoRA) is merged into its base. FileNotFoundError or ValueError, one line that
+        names the file or tensor."""
         model = Model.from_config(path_or_hub_id)
-        return model.to(dtype).to_empty(device=device).load_weights()
+        model.to(dtype).to_empty(device=device).load_weights()
+        return model.merge_lora() if model.lora else model
 
     @staticmethod
     def from_config(path_or_hub_id) -> "Model":
         """A checkpoint's model on the meta device: shard it, give it memory, then load_weights().
         Whether the weights fit config.json is known here, before there is memory."""
         source = find_checkpoint(path_or_hub_id)
+        whole_weights = any(source.glob("model*.safetensors"))
+        if (source / "adapter_config.json").is_file() and not whole_weights:
+            return with_adapter(source)
         files = weight_files(source)
         raw = read_json(source / "config.json")
         try:
@@ -590,27 +655,44 @@ class Model(nn.Module):
             found = read_json(self.source / "generation_config.json")
             self.eos_ids = end_ids(found, self.config) or self.eos_ids
 
-    def load_weights(self) -> "Model":
+    def load_weights(self, seed=0) -> "Model":
         """Stream the safetensors of `source` in, cast to each parameter's dtype; a rank of a
-        sharded model keeps its own slice only."""
-        read_tensors(weight_files(self.source), dict(self.named_parameters()))
+        sharded model keeps its own slice only. Adapters come from their file, or begin as PEFT's
+        do: A uniform within 1 / sqrt(in), B zero, so that nothing has changed yet."""
+        weights = {name: p for name, p in self.named_parameters() if ".lora_" not in name}
+        read_tensors(weight_files(self.source), weights)
+        if self.adapter:
+            read_tensors([self.adapter], self.adapters())
+            return self
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.adapters().items():
+            bound = p.shape[1]**-0.5 if "lora_A" in name else 0.0
+            copy_into(p, torch.empty(p.shape).uniform_(-bound, bound, generator=g))
         return self
 
     def save_pretrained(self, directory, dtype=None, write=True) -> None:
         """Write a checkpoint that transformers and vLLM load: config.json, safetensors, tokenizer.
         Written aside and renamed: `directory` is whole or absent, also if killed. Sharded models:
-        every rank must call it (each tensor is gathered in turn), one with write=True."""
+        every rank must call it (each tensor is gathered in turn), one with write=True. LoRA is
+        merged into the weights, and adapter/ has it apart, for PEFT."""
         directory = Path(directory)
         aside = directory.with_name(f".{directory.name}.{os.getpid()}")
         if write:
             shutil.rmtree(aside, ignore_errors=True)
         tensors = {}
         for name, p in self.named_parameters():
-            tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
+            if ".lora_" not in name:
+                tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
         dtype = dtype or self.head_weight.dtype
-        write_tensors(aside, tensors, dtype, write)
+        lora = {f"model.{name}.weight": m for name, m in self.linears().items() if m.scale}
+        write_tensors(aside, tensors, dtype, write, lora)
+        if lora:
+            write_tensors(aside / "adapter", self.adapters(), torch.float32, write,
+                          name="adapter_model")
         if not write:
             return
+        if lora:
+            write_text(aside / "adapter/adapter_config.json", json.dumps(self.lora, indent=1))
         raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}
         raw["dtype"] = str(dtype).removeprefix("torch.")
         (aside / "config.json").write_text(json.dumps(raw, indent=1))
@@ -624,27 +706,34 @@ class Model(nn.Module):
 SHARD_BYTES = 5 * 10**9  # of a safetensors file
 
 
-def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True) -> None:
+def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, lora={},
+                  name="model") -> None:
     """`tensors` as safetensors in `directory`, in files of 5 GB with an index where one is not
-    enough. Sharded ones are gathered one by one: all ranks must call it, one with write=True."""
+    enough. Sharded ones are gathered one by one: all ranks must call it, one with write=True.
+    lora: for some tensors the Linear that merges its adapters into it."""
     from huggingface_hub import split_torch_state_dict_into_shards
     directory = Path(directory)
     if write:
         directory.mkdir(parents=True, exist_ok=True)
     sizes = {name: torch.empty(t.shape, dtype=dtype, device="meta") for name, t in tensors.items()}
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
-    for file, names in plan.filename_to_tensors.items():
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES,
+                                              filename_pattern=f"{name}{{suffix}}.safetensors")
+    for file, keys in plan.filename_to_tensors.items():
         shard = {}
-        for name in names:
-            t = tensors[name].detach()
-            t = t.full_tensor() if hasattr(t, "full_tensor") else t
+        for key in keys:
+            t = lora[key].merged() if key in lora else whole(tensors[key])
             if write:
-                shard[name] = t.to("cpu", dtype).contiguous()
+                shard[key] = t.to("cpu", dtype).contiguous()
         if write:
             save_file(shard, directory / file, metadata={"format": "pt"})
     if write and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def whole(t: Tensor) -> Tensor:
+    """Without gradient, and all of one that is sharded: all ranks must call it."""
+    return t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
@@ -733,7 +822,7 @@ def find_checkpoint(path_or_hub_id) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json",
-              "adapter_config.json", *TOKENIZER_FILES]
+              "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
@@ -844,8 +933,8 @@ def check_fit(source, found, wanted: dict[str, Tensor]) -> None:
     """ValueError if a tensor is missing, unexpected, of another shape or not of floats."""
     problems = [f"{name} missing" for name in wanted if name not in found]
     for name, (file, key, dtype, shape) in found.items():
-        if name not in wanted:
-            if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # copies
+        if name not in wanted:  # copies may be there:
+            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
                 problems.append(f"{key!r:.100} in {file.name} unexpected")
         elif shape != list(wanted[name].shape) or dtype not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{key} in {file.name} is {dtype} {shape}, "
@@ -863,10 +952,47 @@ def read_tensors(files, wanted: dict[str, Tensor]) -> None:
     found = scan(files)
     check_fit(files[0].parent if files else "no safetensors", found, wanted)
     for name, local in wanted.items():
-        t = read_tensor(*found[name])
-        if hasattr(local, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-            t = distribute_tensor(t.to(local.device), local.device_mesh, local.placements,
-                                  src_data_rank=None).to_local()
-            local = local.to_local()
-        local.copy_(t)
+        copy_into(local, read_tensor(*found[name]))
+
+
+@torch.no_grad()
+def copy_into(local, t) -> None:
+    """Tensor t into a parameter; where that is sharded (DTensor), this rank's slice."""
+    if hasattr(local, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        t = distribute_tensor(t.to(local.device), local.device_mesh, local.placements,
+                              src_data_rank=None).to_local()
+        local = local.to_local()
+    local.copy_(t)
+
+
+# ---- LoRA adapters in: PEFT's files ----
+
+# in an adapter_config.json: what may stand there, and for all other keys, null, false or nothing
+USUAL = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
+HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path inference_mode r lora_alpha
+lora_dropout target_modules exclude_modules layers_to_transform layers_pattern megatron_core
+qalora_group_size ensure_weight_tying""".split()
+
+
+def with_adapter(source) -> Model:
+    """from_config() of the adapter in `source` on the base that it names. ValueError if it is more
+    than B A beside matrices of the blocks: biases, DoRA, ranks by pattern, whole modules, ..."""
+    file = source / "adapter_config.json"
+    raw = {"peft_type": None} | read_json(file)
+    for key, value in raw.items():
+        if key not in HARMLESS and value not in USUAL.get(key, [None, False, [], {}]):
+            raise ValueError(f"{file}: {key} = {value!r:.60} is not supported (plain LoRA is)")
+    try:
+        rank, alpha = number(raw, "r"), number(raw, "lora_alpha", kind=float)
+        base = find_checkpoint(str(raw.get("base_model_name_or_path")))
+        weight_files(base)  # refuses an adapter of an adapter
+        model = Model.from_config(base)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{file}: {e}") from None
+    model.adapter = source / "adapter_model.safetensors"
+    found = scan([model.adapter])
+    names = [name for name in model.linears() if f"{PEFT}{name}.lora_A.weight" in found]
+    model.add_lora(rank, alpha, base, names)
+    check_fit(source, found, model.adapters())
+    return model

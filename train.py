@@ -149,6 +149,9 @@ class Flags:
                                most=1)
     clip_norm: float = flag(1.0, "largest gradient norm (0: any)")
     kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
+    lora: int = flag(0, "rank of LoRA adapters on all matrices of the blocks, which alone are "
+                     "trained (0: all weights are)", most=1024)
+    lora_alpha: int = flag(32, "scale of LoRA's adapters, times --lora")
     tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory "
                                       "runs out (0: 16384 on CUDA, 4096 on CPU)")
     recompute: bool = flag(False, "activation checkpointing: less memory, more compute")
@@ -347,11 +350,13 @@ def update(run, minibatch, extra, meter, first=False) -> float:
     for micro in mine:
         if flags.shards_per_replica:  # HSDP: the replicas' gradients meet once, at the end
             run.model.set_requires_all_reduce(micro is mine[-1])
-        tokens = token_stats(run.model, micro, flags)
         ref_logp = None
         if run.reference is not None:
+            run.reference.use_lora(False)  # it is run.model itself, if that has adapters
             with torch.no_grad():
                 ref_logp = token_stats(run.reference, micro, flags).logp
+            run.reference.use_lora(True)
+        tokens = token_stats(run.model, micro, flags)
         if not micro:  # an empty bin: under FSDP, this rank too must take part in every pass
             tokens.logp.sum().backward()
             continue
@@ -669,9 +674,12 @@ def restore(run, checkpoint) -> None:
 
 
 def trained_state(run) -> dict[str, Tensor]:
-    """Float32 weights and Adam's numbers by name: what save() writes and restore() fills."""
+    """Trained float32 weights and Adam's numbers by name: what save() writes and restore() fills.
+    Frozen weights come from --model again."""
     state = {}
     for name, p in run.model.named_parameters():
+        if not p.requires_grad:
+            continue
         adam = run.optimizer.state[p]
         if not adam:  # as AdamW itself begins
             adam["step"] = torch.zeros((), device=p.device)
@@ -752,9 +760,12 @@ def set_up(flags) -> Run:
     tokenizer = data.load_tokenizer(model.source)
     flags.template = data.choose_template(flags.template, tokenizer)
     questions, held_out = load_questions(flags, model, tokenizer)
-    reference = load_model(source, flags).requires_grad_(False) if flags.kl_beta else None
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    reference = model if flags.kl_beta else None
+    if flags.kl_beta and not flags.lora:
+        reference = load_model(source, flags).requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": flags.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=flags.lr, betas=(0.9, flags.beta2), fused=True)
@@ -873,17 +884,21 @@ def open_lock(path, wait=False):
 def load_model(source, flags) -> Model:
     """Float32 weights, sharded over the ranks, or whole on a single CPU."""
     model = Model.from_config(source)
+    if model.lora:
+        raise ValueError(f"--model {source} is a LoRA adapter; start from a merged checkpoint")
+    if flags.lora:  # frozen weights need no float32 masters
+        model.to(compute_dtype()).add_lora(flags.lora, flags.lora_alpha, flags.model or source)
     model.recompute = flags.recompute
     if flags.compile:
         for layer in model.layers:
             layer.compile(dynamic=True)
     if not dist.is_initialized():
-        return model.to_empty(device=DEVICE).load_weights()
+        return model.to_empty(device=DEVICE).load_weights(flags.seed)
     shards = flags.shards_per_replica or WORLD
     mesh = dist.init_device_mesh(DEVICE.type, (WORLD // shards, shards),
                                  mesh_dim_names=("replica", "shard"))
     shard(model, mesh if shards < WORLD else mesh["shard"], flags.offload)
-    model.to_empty(device="cpu" if flags.offload else DEVICE).load_weights()
+    model.to_empty(device="cpu" if flags.offload else DEVICE).load_weights(flags.seed)
     with torch.no_grad():  # FSDP learns which module is the root from the first that runs
         model(*pack([], [], DEVICE))
     model.reshard()  # the root stays gathered after a pass; the optimizer must see the shards
@@ -900,6 +915,8 @@ def shard(model, mesh, offload=False) -> Model:
     how = {"mesh": mesh, "mp_policy": precision}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda")
+    elif mesh.size() == 1:  # gathering LoRA's frozen weights on one card would copy them
+        how["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for layer in model.layers:
         fully_shard(layer, **how)
     return fully_shard(model, reshard_after_forward=False, **how)
@@ -1158,7 +1175,8 @@ def flags_of_run(out) -> list[str]:
 
 
 def refuse_another_run(flags, saved) -> None:
-    for name in ("model", "data", "width", "layers", "skill_steps", "habit_steps", "seed"):
+    for name in ("model", "data", "lora", "lora_alpha", "width", "layers", "skill_steps",
+                 "habit_steps", "seed"):
         was, now = getattr(saved, name), getattr(flags, name)
         if was != now:
             raise ValueError(f"--resume: --{name} was {was!r} in this run and cannot "

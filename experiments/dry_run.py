@@ -45,11 +45,11 @@ SHAPES = {  # as published: hidden, mlp, layers, heads, kv heads, vocabulary, ti
     "Qwen/Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True, 32768),
     "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False, 131072)}
 CATEGORIES = {  # names of PyTorch's tracker
-    "weights, float32 shard": ["Sharded Param"],
+    "weights, this card's shard": ["Sharded Param"],
     "weights, gathered": ["Unsharded Param", "All Gather"],
     "gradients": ["Sharded Grad", "Unsharded Grad", "Reduce Scatter"],
     "optimizer": ["OptState"],
-    "reference model": ["Inputs"],
+    "frozen weights, reference": ["Inputs"],
     "activations": ["Activation", "Buffer"],
     "temporary": ["Temp"]}
 
@@ -132,13 +132,20 @@ def measure(raw, gpus, flags, dtype=torch.bfloat16) -> dict:
     mine = math.ceil(flags.prompts / gpus) * prompt
     prompts = packed([prompt] * math.ceil(min(mine, rollout.PREFILL_TOKENS) / prompt), prompt)
     with pretended(gpus, flags.shards_per_replica or gpus, dtype) as mesh:
-        model = train.shard(Model(Config.from_dict(raw)), mesh)
+        model = Model(Config.from_dict(raw))
+        if flags.lora:  # as train.load_model has it
+            if dtype != torch.float32:  # a tensor without data cannot be swapped for itself
+                model.to(dtype)
+            model.add_lora(flags.lora, flags.lora_alpha, flags.model)
+        train.shard(model, mesh, flags.offload)
         model.recompute = flags.recompute
         reference = []
-        if flags.kl_beta:
+        if flags.kl_beta and not flags.lora:  # with it, a smaller pass of the same model
             reference.append(train.shard(Model(Config.from_dict(raw)), mesh))
-        frozen = [p for m in reference for p in m.parameters()]
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = [p for m in reference for p in m.parameters()]  # the tracker sees what FSDP has:
+        frozen += [p for p in model.parameters() if not hasattr(p, "placements")]  # not all of LoRA
+        optimizer = torch.optim.AdamW(trained, fused=True)
 
         forward_and_backward(model, reference, batch)
         optimizer.step()  # untracked: DTensor tries its sharding on tensors of the full size
@@ -271,12 +278,13 @@ def table() -> list[dict]:
     """Of each model on one and eight cards the first of LADDER that fits, as Markdown and in
     experiments/results/dry_run.json."""
     found = []
-    for gpus in (1, 8):
-        print(f"\n| {gpus} x | " + " | ".join(CARDS) + " |\n|---" + "|---" * len(CARDS) + "|")
+    for gpus, lora in ((1, ""), (8, ""), (1, "--lora 8")):
+        print(f"\n| {gpus} x {lora} | " + " | ".join(CARDS) + " |\n|---" + "|---" * len(CARDS) + "|")
         for name in SHAPES:
             raw, cells = architecture(name), dict.fromkeys(CARDS)
             for turned in LADDER:
-                flags = parse(gpus, ["--model", name, *WORKLOAD.split(), *turned.split()])
+                asked = f"--model {name} {WORKLOAD} {lora} {turned}"
+                flags = parse(gpus, asked.split())
                 m = measure(raw, gpus, flags)
                 said = f"`{turned or 'no flag'}`, {m['update']:.0f} GiB"
                 if m["host"]:
@@ -285,7 +293,7 @@ def table() -> list[dict]:
                     left, sequences = fit(raw, gpus, flags, m, size)
                     if left >= 0 and not cells[card]:
                         cells[card] = f"{said}, {sequences} at once"
-                found.append({"model": name, "gpus": gpus, "flags": turned,
+                found.append({"model": name, "gpus": gpus, "flags": f"{lora} {turned}".strip(),
                               **{key: round(m[key], 1) for key in SIZES}})
                 if all(cells.values()):
                     break

@@ -27,7 +27,7 @@ sys.path.insert(0, {root!r})
 import train
 from model import Config, Model, pack
 torch.set_num_threads(1)
-raw, tokens, prompt, length, recompute = json.loads(sys.argv[1])
+raw, tokens, prompt, length, recompute, lora = json.loads(sys.argv[1])
 def resident(what):
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -35,12 +35,14 @@ mesh = dist.init_device_mesh("cpu", (1,))
 def passes(raw, tokens):
     with torch.device("meta"):
         model = Model(Config.from_dict(raw))
+    if lora:
+        model.add_lora(lora, 32, "")
     model = train.shard(model, mesh).to_empty(device="cpu")
     model.recompute = recompute
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     sequences = torch.randint(0, raw["vocab_size"], (tokens // length, length)).tolist()
     for k in range(2):
         model(*pack(sequences, [prompt] * len(sequences), "cpu"))[0].sum().backward()
@@ -64,6 +66,7 @@ def flags(gpus=1, *more):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize("case", [
     dict(recompute=False),
+    pytest.param(dict(recompute=False, lora=8), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True, vocab_size=65536, tokens=1024), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True, hidden_size=768, tokens=512), marks=pytest.mark.slow)])
@@ -72,14 +75,16 @@ def test_the_peak_is_what_a_process_takes(case):
     memory of a process that does the same for real, in float32 on this CPU: activations lead,
     then the head, then weights and optimizer."""
     tokens, recompute = case.pop("tokens", 2048), case.pop("recompute")
+    lora = case.pop("lora", 0)
     raw = SMALL | case
-    counted = flags(1, "--tokens_per_microbatch", str(tokens), "--recompute", str(recompute))
+    counted = flags(1, "--tokens_per_microbatch", str(tokens), "--recompute", str(recompute),
+                    "--lora", str(lora))
     with pytest.MonkeyPatch.context() as as_on_a_cpu:  # SDPA repeats no keys and values here,
         kernel = dry_run.Kernel  # and RMSNorm keeps its products
         as_on_a_cpu.setattr(dry_run, "attention", lambda k, q, *kv: kernel.apply(q, *kv[:2]))
         said = dry_run.measure(raw, 1, counted, dtype=torch.float32)["update"]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    argv = json.dumps([raw, tokens, 64, 256, recompute])
+    argv = json.dumps([raw, tokens, 64, 256, recompute, lora])
     run = subprocess.run([sys.executable, "-c", REAL.format(root=str(ROOT)), argv],
                          capture_output=True, text=True, env=env, check=True)
     took = float(run.stdout)
@@ -89,7 +94,7 @@ def test_the_peak_is_what_a_process_takes(case):
 
 def test_numbers_move_as_they_must():
     base = dry_run.measure(SMALL, 4, flags(4))
-    parts, name = base["categories"], "weights, float32 shard"
+    parts, name = base["categories"], "weights, this card's shard"
     assert base["update"] == pytest.approx(sum(parts.values()), rel=1e-6)
     assert parts[name] * 2**30 == pytest.approx(base["parameters"], rel=0.01)  # 4 bytes, 4 ranks
     assert parts["optimizer"] == pytest.approx(2 * parts[name], rel=0.01)
@@ -99,7 +104,16 @@ def test_numbers_move_as_they_must():
     assert again["categories"]["optimizer"] == 0 and again["resident"] < base["resident"]
     hsdp = dry_run.measure(SMALL, 8, flags(8, "--shards_per_replica", "4", "--kl_beta", "0.1"))
     assert hsdp["categories"][name] == parts[name]  # a replica's ranks share, replicas do not
-    assert hsdp["categories"]["reference model"] == pytest.approx(parts[name])
+    assert hsdp["categories"]["frozen weights, reference"] == pytest.approx(parts[name])
+    one = dry_run.measure(SMALL, 1, flags())
+    lora = dry_run.measure(SMALL, 1, flags(1, "--lora", "8", "--kl_beta", "0.1"))
+    adapters = lora["parameters"] - one["parameters"]
+    assert 0 < adapters < 0.05 * one["parameters"]
+    assert lora["categories"]["gradients"] * 2**30 == pytest.approx(4 * adapters, rel=0.01)
+    assert lora["categories"]["optimizer"] * 2**30 == pytest.approx(8 * adapters, rel=0.01)
+    # the weights once, in bfloat16, for update, rollout and reference
+    assert lora["categories"]["frozen weights, reference"] * 2**30 == 2 * one["parameters"]
+    assert lora["resident"] * 2**30 == pytest.approx(2 * one["parameters"], rel=0.2)
     assert not dist.is_initialized()
 
 

@@ -685,6 +685,137 @@ def test_two_ranks_are_one(checkpoint, tmp_path):
         assert p.grad.abs().max() > 1e-3 and relative(grads[name], p.grad) < 1e-5, name
 
 
+# ---- LoRA ----
+
+def adapted(checkpoint, rank=4, alpha=8, seed=1):
+    """A checkpoint with fresh adapters."""
+    model = Model.from_config(checkpoint)
+    model.add_lora(rank, alpha, checkpoint)
+    return model.to_empty(device="cpu").load_weights(seed)
+
+
+def learned(model):
+    """As after some steps: B is not zero any more."""
+    with torch.no_grad():
+        for name, p in model.adapters().items():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return model
+
+
+def test_lora_begins_as_the_model_it_is_added_to(checkpoint):
+    base, model = Model.from_pretrained(checkpoint), adapted(checkpoint)
+    ids = torch.randint(0, 97, (2, 20))
+    assert torch.equal(model(ids), base(ids))
+    assert len(model.adapters()) == 2 * 7 * 4  # A and B of seven matrices in four layers
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (".lora_" in name)
+        if "lora_A" in name:  # uniform: the largest near the bound, the standard deviation 1/sqrt 3
+            bound = p.shape[1]**-0.5
+            assert 0.9 * bound < p.abs().max() <= bound
+            assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+    again, other = adapted(checkpoint).adapters(), adapted(checkpoint, seed=2).adapters()
+    assert all(torch.equal(p, again[name]) for name, p in model.adapters().items())
+    assert not any(torch.equal(p, other[name]) for name, p in model.adapters().items() if "_A" in name)
+
+
+@pytest.mark.parametrize("pair", ["qwen2-tied", "llama-biases", "smollm3"], indirect=True)
+def test_lora_is_pefts(pair, tmp_path):
+    """PEFT loads what we save, and we what it saves: the same logits and gradients. The merged
+    checkpoint beside it loads in transformers, and holds no adapter that it would add again."""
+    peft = pytest.importorskip("peft")
+    base, ids = pair[2], torch.randint(0, 97, (1, 30))
+    model = learned(adapted(base))
+    logits = model(ids)
+    assert relative(logits, Model.from_pretrained(base)(ids)) > 0.1
+    model.save_pretrained(tmp_path / "ours")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours/adapter", is_trainable=True)
+    assert relative(theirs(ids).logits, logits) < 1e-5
+    theirs(ids).logits.logsumexp(-1).sum().backward()
+    logits.logsumexp(-1).sum().backward()
+    gradients = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters()}
+    for name, p in model.adapters().items():
+        assert p.grad.abs().max() > 1e-3 and relative(p.grad, gradients[name]) < 1e-4, name
+    assert all(p.grad is None for name, p in model.named_parameters() if ".lora_" not in name)
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for again in (merged(ids).logits, Model.from_pretrained(tmp_path / "ours")(ids),
+                  Model.from_pretrained(tmp_path / "ours/adapter")(ids),
+                  Model.from_pretrained(tmp_path / "theirs")(ids)):
+        assert relative(again, logits) < 1e-5
+
+
+def test_an_adapter_of_some_matrices(checkpoint, tmp_path):
+    """PEFT's q_proj and v_proj alone; a merged model is one like any other."""
+    model = Model.from_config(checkpoint)
+    names = [name for name in model.linears() if name.endswith(("q_proj", "v_proj"))]
+    model.add_lora(4, 8, checkpoint, names)
+    learned(model.to_empty(device="cpu").load_weights()).save_pretrained(tmp_path / "some")
+    ids = torch.randint(0, 97, (1, 30))
+    back = Model.from_pretrained(tmp_path / "some/adapter")
+    assert relative(back(ids), model(ids)) < 1e-5
+    assert {name for name, _ in back.named_parameters()} == set(dict(
+        Model.from_pretrained(checkpoint).named_parameters()))
+    assert all(p.requires_grad for p in back.parameters())
+
+
+def test_without_its_adapters_it_is_the_base(checkpoint):
+    model, ids = learned(adapted(checkpoint)), torch.randint(0, 97, (1, 30))
+    with_adapters = model(ids)
+    model.use_lora(False)
+    assert torch.equal(model(ids), Model.from_pretrained(checkpoint)(ids))
+    model.use_lora(True)
+    assert torch.equal(model(ids), with_adapters)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"), ({"peft_type": None}, "peft_type"),
+    ({"use_dora": True}, "use_dora"), ({"use_rslora": True}, "use_rslora"),
+    ({"bias": "all"}, "bias"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"), ({"revision": "abc"}, "revision"),
+    ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"),  # it changes the base as well
+    ({"what_comes_next_year": 1}, "what_comes_next_year"), ({"r": 0}, "r = 0"),
+    ({"r": 3}, "lora_A"), ({"lora_alpha": "much"}, "lora_alpha"),
+    ({"base_model_name_or_path": None}, "None: no such directory"),
+    ({"base_model_name_or_path": "no/where/at/all"}, "no/where/at/all: no such directory"),
+    ({"base_model_name_or_path": "ITSELF"}, "merge it into its base")])
+def test_an_adapter_that_is_not_plain_lora_is_one_line(change, words, checkpoint, tmp_path):
+    adapted(checkpoint).save_pretrained(tmp_path / "tuned")
+    adapter = tmp_path / "tuned/adapter"
+    raw = json.loads((adapter / "adapter_config.json").read_text()) | change
+    text = json.dumps(raw).replace("ITSELF", str(adapter))
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as e:
+        Model.from_pretrained(adapter)
+    assert "adapter" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("base_model.model.lm_head.weight", "unexpected"),
+    ("base_model.model.lm_head.lora_A.weight", "unexpected"),
+    ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", "unexpected"),
+    ("base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector", "unexpected"),
+    ("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", "expected \\[96, 4\\]"), (None, "missing")])
+def test_tensors_that_do_not_belong_to_an_adapter(name, words, checkpoint, tmp_path):
+    adapted(checkpoint).save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned/adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    if name:
+        tensors[name] = torch.zeros(97, 64)
+    else:
+        del tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=words):
+        Model.from_pretrained(file.parent)
+    file.unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not readable"):
+        Model.from_pretrained(file.parent)
+
+
 # ---- Checkpoints in ----
 
 def test_loading_streams_one_tensor_at_a_time(checkpoint, tmp_path, monkeypatch):
@@ -895,13 +1026,6 @@ def test_what_is_not_there_has_a_name(checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no model.safetensors"):
         Model.from_pretrained(checkpoint)
-    (checkpoint / "adapter_config.json").write_text("{}")
-    (checkpoint / "adapter_model.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match="LoRA"):
-        Model.from_pretrained(checkpoint)
-    (checkpoint / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="LoRA"):
-        Model.from_pretrained(checkpoint)
     with pytest.raises(FileNotFoundError, match="no such directory, and not a hub id"):
         find_checkpoint(tmp_path / "nowhere")
 
@@ -1015,9 +1139,9 @@ def test_weights_that_are_not_finite(checkpoint):
 def test_the_hub_is_asked_for_the_model_alone(monkeypatch, tmp_path):
     import huggingface_hub
     files = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors",
-             "model.safetensors", "model.safetensors.index.json", "generation_config.json"]
-    others = ["consolidated.safetensors", "pytorch_model.bin", "onnx/x.json",
-              "adapter_model.safetensors", "README.md"]
+             "model.safetensors", "model.safetensors.index.json", "generation_config.json",
+             "adapter_config.json", "adapter_model.safetensors"]
+    others = ["consolidated.safetensors", "pytorch_model.bin", "onnx/x.json", "README.md"]
     choose = huggingface_hub.utils.filter_repo_objects
 
     def download(name, allow_patterns):

@@ -725,6 +725,95 @@ def test_resume_with_another_number_of_ranks(run, tmp_path, one_process):
     assert_close_runs(one_process, "r", 2e-4)
 
 
+# ---- LoRA --------------------------------------------------------------------------------------
+
+LORA = [*TINY, "--lora", 4, "--lora_alpha", 8, "--lr", 0.01, "--kl_beta", 0.1]
+
+
+def tensors_in(run_dir, pattern):
+    """Of the newest checkpoint."""
+    run_dir = Path(run_dir)
+    file, = (run_dir / (run_dir / "latest").read_text()).glob(pattern)
+    return load_file(file)
+
+
+def test_lora_trains_saves_resumes_and_is_shared_by_ranks(run, tmp_path, warm):
+    run(*LORA, "--steps", 4, "--out", "whole")
+    assert_learned("whole")
+    assert all(".lora_" in name for name in tensors_in("whole", "resume/*.safetensors"))
+
+    run(*LORA, "--steps", 2, "--out", "r")
+    run("--out", "r", "--resume", "--steps", 4)
+    assert_same_runs("whole", "r")
+    with pytest.raises(SystemExit, match="--lora_alpha was 8"):
+        run("--out", "r", "--resume", "--steps", 5, "--lora_alpha", 16)
+
+    finish(start(tmp_path, *LORA, "--steps", 4, "--out", "two", world=2))
+    assert_close_runs("whole", "two", 2e-4)
+    one, two = [tensors_in(out, "adapter/*.safetensors") for out in ("whole", "two")]
+    assert any(t.abs().max() > 1e-2 for name, t in one.items() if "lora_B" in name)
+    assert all(torch.allclose(t, two[name], atol=2e-4) for name, t in one.items())
+
+
+def test_a_lora_run_leaves_a_whole_model_and_an_adapter(run, warm):
+    """The merged checkpoint is the base plus B A, and both are what the run evaluated."""
+    run(*LORA, "--out", "r")
+    base, = warm.glob("runs/warmstart/*/model.safetensors")
+    before, after = load_file(base), weights("r")
+    adapter = tensors_in("r", "adapter/*.safetensors")
+    for name, W in before.items():
+        A, B = [adapter.get(f"base_model.model.{name[:-len('.weight')]}.lora_{x}.weight")
+                for x in "AB"]
+        W = W if A is None else W + 8 / 4 * B @ A
+        assert torch.allclose(after[name], W, atol=1e-6), name
+        assert torch.equal(after[name], before[name]) == (A is None), name
+    step = Path("r") / Path("r/latest").read_text()
+    ids = torch.randint(0, 10, (1, 20))
+    assert torch.allclose(Model.from_pretrained(step)(ids),
+                          Model.from_pretrained(step / "adapter")(ids), atol=1e-5)
+    with pytest.raises(SystemExit, match="is a LoRA adapter"):
+        run(*TINY, "--model", step / "adapter")
+
+
+def test_the_reference_is_the_model_without_its_adapters(monkeypatch):
+    """No second copy: at first the KL is 0 and so is its gradient, later it is that to a copy of the
+    initial model."""
+    def adapted():
+        model = small_net()
+        model.add_lora(2, 4, "")
+        for i, p in enumerate(model.adapters().values()):
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(i))
+        return model
+
+    def gradients(model, reference, **flags):
+        flags = train.Flags(loss="grpo", samples=4, clip_norm=0, tokens_per_microbatch=30,
+                            max_new_tokens=16, **flags)
+        rollouts = rollouts_for(12)
+        train.assign_advantages(rollouts, flags)
+        optimizer = KeepGradients(model)
+        run = SimpleNamespace(flags=flags, model=model, reference=reference, step=1,
+                              optimizer=optimizer)
+        assert train.update(run, rollouts, {}, train.Meter()) > 1e-3
+        return optimizer.seen
+
+    model = adapted()
+    for penalty in (0.0, 5.0):  # B is zero: nothing to pay for
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.zero_()
+        seen = gradients(model, model, kl_beta=penalty)
+        without = without if penalty else seen
+    assert all(torch.allclose(seen[name], without[name], atol=1e-6) for name in seen)
+
+    model = adapted()
+    ours, copied = gradients(model, model, kl_beta=5.0), gradients(model, small_net(), kl_beta=5.0)
+    without = gradients(model, None)
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, copied[name], rtol=1e-4, atol=1e-6), name
+        assert (gradient - without[name]).abs().max() > 1e-3, name
+
+
 def rollouts_for(count, samples=4, seed=0):
     """Ragged rollouts of made-up tokens; every third response is right."""
     g = torch.Generator().manual_seed(seed)
@@ -751,7 +840,8 @@ class KeepGradients:
         self.model, self.param_groups = model, [{}]
 
     def step(self):
-        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                     if p.requires_grad}
 
     def zero_grad(self):
         self.model.zero_grad()
