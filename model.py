@@ -460,9 +460,8 @@ class TokenLogp(torch.autograd.Function):
         h, W, targets, *kept = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
         dh = torch.empty_like(h)
-        dW = None
-        if ctx.needs_input_grad[1]:  # a bfloat16 sum would be rounded at each chunk
-            dW = torch.zeros_like(W, dtype=grad.dtype)
+        trained = ctx.needs_input_grad[1]  # a bfloat16 sum would be rounded at each chunk:
+        dW = torch.zeros_like(W, dtype=grad.dtype) if trained else None
         for i in range(0, len(h), ctx.step):
             at = slice(i, i + ctx.step)
             p = dz = None
@@ -470,9 +469,9 @@ class TokenLogp(torch.autograd.Function):
             # d log p[target] / d logits = one-hot of the target - p
             dz = (p * -grad[at]).scatter_add_(1, targets[at, None], grad[at]).to(h.dtype)
             dh[at] = product(dz, W.T)
-            if dW is not None:
+            if trained:
                 dW += exact_logits(dz.T, h[at].T)
-        return dh, dW if dW is None else dW.to(W.dtype), None, None
+        return dh, dW.to(W.dtype) if trained else None, None, None
 
 
 def log_probs(h, W, temperature):

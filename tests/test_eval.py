@@ -233,6 +233,25 @@ def test_a_checkpoint_inside_a_run_is_evaluated_like_the_run(run, call, tmp_path
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
 
 
+def test_a_lora_adapter_is_evaluated_like_the_merged_checkpoint(run, call, tmp_path):
+    """Each is asked the run's own questions, under its template."""
+    model = Model.from_config(run)
+    model.add_lora(4, 8, model.source)
+    model.to_empty(device="cpu").load_weights()
+    with torch.no_grad():
+        for p in model.adapters().values():
+            p.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
+    step = tmp_path / "run/step-000004"
+    model.save_pretrained(step)
+    call("--out", tmp_path / "base", "--limit", 5)
+    for name, checkpoint in (("merged", step), ("adapter", step / "adapter")):
+        call("--out", tmp_path / name, "--limit", 5, checkpoint=checkpoint)
+    responses = [[r["response"] for r in rows_of(tmp_path / name)]
+                 for name in ("base", "merged", "adapter")]
+    assert responses[0] != responses[1] == responses[2]
+
+
 @pytest.fixture
 def whole(call, tmp_path, monkeypatch):
     """A finished evaluation of 24 questions with 4 responses each."""

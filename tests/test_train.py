@@ -758,6 +758,8 @@ def test_lora_trains_saves_resumes_and_is_shared_by_ranks(run, tmp_path, warm):
 def test_a_lora_run_leaves_a_whole_model_and_an_adapter(run, warm):
     """The merged checkpoint is the base plus B A, and both are what the run evaluated."""
     run(*LORA, "--out", "r")
+    assert_learned("r")
+    assert metrics("r")[-1]["sampler_max"] < 1e-4  # the sampler runs the adapters, too
     base, = warm.glob("runs/warmstart/*/model.safetensors")
     before, after = load_file(base), weights("r")
     adapter = tensors_in("r", "adapter/*.safetensors")
