@@ -4,6 +4,7 @@
     python experiments/bench.py train        # a whole GRPO step; TRL (experiments/requirements.txt)
     python experiments/bench.py model        # forward + backward of a training batch; transformers
     python experiments/bench.py rewards      # graders: ms a response, responses/s of the pool
+    python experiments/bench.py threads      # our step on one and two threads, quiet and disturbed
 
 Each side's tokens per CPU second (what it costs; a busy neighbour hardly counts) and per second of
 wall time (what one waits), and our ratio to each, in pairs of neighbouring runs: median, least,
@@ -40,6 +41,7 @@ PARTS = {  # the shapes of each part unless --shapes says others
     "train": ["h64v32", "h128v64", "4M"],
     "model": ["h64v32", "h128v64", "4M"],
     "rewards": [],
+    "threads": ["h64v32", "h128v64", "4M"],
 }
 SAMPLES = 8
 
@@ -57,7 +59,7 @@ def main():
     if args.part == "vllm-side":
         return vllm_side()
     bench = {"rollout": bench_rollout, "train": bench_train, "model": bench_model,
-             "rewards": bench_rewards}[args.part]
+             "rewards": bench_rewards, "threads": bench_threads}[args.part]
     rows = []
     for shape in args.shapes or PARTS[args.part] or [None]:
         rows += bench(shape, args)
@@ -426,6 +428,34 @@ def bench_rewards(shape, args):
                "max_s": round(max(seconds), 2), "pool_per_second": round(len(items) / pool)}
         print(row, flush=True)
         rows.append(row)
+    return rows
+
+
+# ---- Threads -----------------------------------------------------------------------------------
+
+
+def bench_threads(shape, args):
+    """A step of ours (see bench_train, 48 tokens a response) on one thread and on two, alone and
+    beside a process that keeps one core busy: why --threads is 1 unless said otherwise."""
+    ours, _ = pair(shape, 0.02)
+    vocab = SHAPES[shape][-1]
+    tokenizer = words(vocab, vocab)
+    steps = 2 * 2 * (args.repeats + 1)
+    prompts = torch.randint(2, vocab, (32 * steps, 16),
+                            generator=torch.Generator().manual_seed(0)).tolist()
+    texts = tokenizer.batch_decode(prompts)
+    our_step = our_steps(ours, tokenizer, prompts, texts, 48, vocab)
+
+    def step_on(threads):
+        torch.set_num_threads(threads)
+        return timed(our_step)
+    sides = {f"{threads} threads": partial(step_on, threads) for threads in (1, 2)}
+    rows = in_turn(f"threads {shape} alone", sides, args.repeats)
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        rows += in_turn(f"threads {shape}, one core busy", sides, args.repeats)
+    finally:
+        neighbour.kill()
     return rows
 
 
