@@ -3,7 +3,6 @@
     python eval.py runs/default                    # a run's newest checkpoint, on its own task
     python eval.py Qwen/Qwen2.5-7B --suite math --template qwen_math --max_new_tokens 3072
     torchrun --nproc_per_node=8 -- eval.py ckpt/ --tasks math500,aime24 --n 32 --k 1,8,32
-    python eval.py ckpt/ --compare other/results.json     # paired difference, and is it noise
 
 (The lone -- keeps torchrun from taking --n for an abbreviation of a flag of its own.)
 Writes results.json, samples_<task>.jsonl (n responses per question) and greedy_<task>.jsonl (one).
@@ -54,7 +53,6 @@ def evaluate(args):
     run, out = origin(args.checkpoint)
     args.out = args.out or out
     tasks = known_tasks(args, run)
-    check_comparison(args, tasks)
     job = load(args, run, tasks)
     questions = {name: load_questions(task, job) for name, task in tasks.items()}
     args.out.mkdir(parents=True, exist_ok=True)  # after all that may be wrong with the flags
@@ -63,7 +61,6 @@ def evaluate(args):
         print(f"{job.model.source}: {DTYPE} on {WORLD} x {DEVICE.type}; {flags}")
 
     results = {}
-    differences = {}
     with rewards.Scorer(workers=2) as scorer:
         for name, asked in questions.items():
             sampling = Sampling(args.n, args.temperature, args.top_p, args.seed)
@@ -77,14 +74,10 @@ def evaluate(args):
             results[name] = score_rows(rows, args.n, args.k) | {
                 "greedy": mean([row["score"] for row in greedy]),
                 "source": hub and f"{hub.hub}@{hub.revision}"}
-            if args.compare and name in read_results(args.compare):
-                differences[name] = compare(rows, args.n, args.compare, name)
     if MAIN:
         target = args.out / "results.json"
         write(target, json.dumps(record(results, job, began), indent=1, default=str))
         print("\n" + report(results, args.n, args.k))
-        if differences:
-            print(f"\nagainst {args.compare}:\n{report_differences(differences)}")
         responses = shlex.quote(str(args.out / f"samples_{name}.jsonl"))
         print(f"\n{time.time() - began:.0f} s. {target}, and the responses beside it; to read "
               f"them: python experiments/microscope.py {responses}")
@@ -404,68 +397,6 @@ def record(results, job, began):
             "date": round(began), "seconds": round(time.time() - began)}
 
 
-# ---- Comparison with another results.json --------------------------------------------------------
-
-def check_comparison(args, tasks):
-    """Refuses, before any work, a --compare that cannot be done."""
-    if args.compare:
-        if args.compare.resolve() == (args.out / "results.json").resolve():
-            raise ValueError(f"--compare {args.compare} would be overwritten; give another --out")
-        if not set(tasks) & set(read_results(args.compare)):
-            raise ValueError(f"--compare {args.compare} has no result of {', '.join(tasks)}")
-
-
-def read_results(path):
-    results = read_json(path).get("results")
-    if not isinstance(results, dict):
-        raise ValueError(f"{path}: not a results.json of eval.py")
-    return results
-
-
-def compare(rows, n, other, task):
-    """The paired difference between these rows and those of another results.json, over the
-    questions that both have: mean and standard error; noise if it is below two of these."""
-    theirs = read_results(other)[task]
-    file = other.parent / f"samples_{task}.jsonl"
-    try:
-        count = theirs["n"] * theirs["questions"]
-        others = read_rows(file)[:count]
-        if len(others) < count or {row["run"] for row in others} != {theirs["run"]}:
-            raise KeyError("run")
-        b = by_question(others, theirs["n"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{file} has not the responses that {other} was made of") from None
-    a = by_question(rows, n)
-    both = [question for question in a if question in b]
-    if not both:
-        raise ValueError(f"--compare {other}: its {task} holds other questions, there are no pairs")
-    differences = [a[question][0] - b[question][0] for question in both]
-    difference = mean(differences)
-    se = standard_error(differences, [a[question][1] for question in both])
-    noise = se is None or abs(difference) < 2 * se or difference == 0
-    return {"ours": mean([a[question][0] for question in both]),
-            "other": mean([b[question][0] for question in both]),
-            "difference": difference, "se": se, "questions": len(both),
-            "verdict": "noise (below 2 SE)" if noise else "better" if difference > 0 else "worse"}
-
-
-def by_question(rows, n):
-    """{(id, answer): (mean score, group)}: with another answer it is another question."""
-    found = {}
-    for i in range(0, len(rows), n):
-        question = (rows[i]["id"], str(rows[i]["answer"]))
-        found[question] = (mean([row["score"] for row in rows[i:i + n]]), rows[i]["group"])
-    return found
-
-
-def report_differences(differences):
-    lines = [["task", "this", "other", "difference ± SE", "questions", "verdict"]]
-    for name, d in differences.items():
-        lines.append([name, percent(d["ours"]), percent(d["other"]),
-                      percent(d["difference"], d["se"]), str(d["questions"]), d["verdict"]])
-    return table(lines)
-
-
 # ---- Plumbing ------------------------------------------------------------------------------------
 
 def gather(items):
@@ -498,7 +429,6 @@ def parse(argv):
         help="questions per task (default: 512 of a procedural task, 128 of rg:, else all)")
     add("--seed", type=int, default=0, help="of sampling (0); the questions are always the same")
     add("--out", type=Path, help="directory of the results (default: run or checkpoint)")
-    add("--compare", type=Path, metavar="RESULTS", help="another results.json: paired difference")
     add("--acpo_compat", action="store_true", help="grade math by the ACPO paper's rule")
     add("--threads", type=count, default=1, help="CPU threads (1): more than free cores is slower")
     add("--list", action="store_true", help="print suites and tasks, and stop")

@@ -507,73 +507,6 @@ def test_reasoning_gym_as_a_task(call, chatty):
     assert list(results_of(chatty)) == ["rg-chain_sum"]
 
 
-# ---- Comparison ----------------------------------------------------------------------------------
-
-def fake(directory, scores, n=2, groups=None, ids=None, answer="7"):
-    """(rows, results.json) of one task `t` with the given scores, question by question."""
-    directory.mkdir(exist_ok=True)
-    ids = ids or range(99)
-    groups = groups or [""] * 99
-    rows = []
-    for i, block in enumerate(scores):
-        for j, score in enumerate(block):
-            rows.append(row(ids[i], j, score, groups[i], run=directory.name,
-                            answer={"answer": answer}))
-    write(directory / "samples_t.jsonl", rows)
-    results = {"t": evaluation.score_rows(rows, n)}
-    (directory / "results.json").write_text(json.dumps({"results": results}))
-    return rows, directory / "results.json"
-
-
-def test_the_paired_difference_and_its_error(tmp_path):
-    """Paired by id, in any order, over the questions that both have."""
-    rows, _ = fake(tmp_path / "a", [[1, 1], [0, 1], [0, 0], [1, 1]], ids="wxyz")
-    _, other = fake(tmp_path / "b", [[0, 0], [0, 0], [1, 0], [1, 1]], ids="zyxv")
-    found = evaluation.compare(rows, 2, other, "t")
-    d = [0.5 - 0.5, 0 - 0, 1 - 0]  # x, y, z
-    assert found["difference"] == pytest.approx(sum(d) / 3) and found["questions"] == 3
-    assert found["se"] == pytest.approx(statistics.stdev(d) / math.sqrt(3))
-    assert (found["ours"], found["other"]) == pytest.approx((0.5, 0.5 / 3))
-
-
-def test_the_verdict_is_noise_below_two_standard_errors(tmp_path):
-    def verdict(x, y, groups=None):
-        rows, _ = fake(tmp_path / "a", x, 1, groups)
-        return evaluation.compare(rows, 1, fake(tmp_path / "b", y, 1, groups)[1], "t")["verdict"]
-    no, half = [[0]] * 12, [[1]] * 6 + [[0]] * 6
-    assert verdict(half, no) == "better" and verdict(no, half) == "worse"
-    assert verdict(half, half).startswith("noise")
-    assert verdict([[1]] * 2 + [[0]] * 10, no).startswith("noise")  # 0.17 +- 0.11
-    assert verdict(half, no, ["table 1"] * 6 + ["table 2"] * 6).startswith("noise")  # two tables
-    assert verdict([[1]], [[0]]).startswith("noise")  # one question proves nothing
-
-
-def test_compare_on_the_command_line(call, refused, whole, tmp_path):
-    flags = ("--limit", 24, "--n", 4, "--seed", 5, "--out", tmp_path / "b")
-    out = call(*flags, "--compare", whole / "results.json")
-    expected = evaluation.compare(rows_of(tmp_path / "b"), 4, whole / "results.json", "chainsum")
-    a, b = [results_of(d)["chainsum"]["avg@4"] for d in (tmp_path / "b", whole)]
-    assert expected["difference"] == pytest.approx(a - b) and a != b
-    line = re.search(r"against .*\n.*\nchainsum +(\S+) +(\S+) +(\S+) ± (\S+) +24 +(.*)", out)
-    shown = [f"{100 * expected[key]:.1f}" for key in ("ours", "other", "difference", "se")]
-    assert list(line.groups()) == [*shown, expected["verdict"]]
-    assert "would be overwritten" in refused(*flags, "--compare", tmp_path / "b" / "results.json")
-
-
-def test_compare_refuses_what_cannot_be_paired(tmp_path):
-    rows, _ = fake(tmp_path / "a", [[1, 1]] * 3)
-    for more in ({"ids": "xyz"}, {"answer": "8"}):  # other questions; the same ids in another file
-        _, other = fake(tmp_path / "b", [[1, 1]] * 3, **more)
-        with pytest.raises(ValueError, match="other questions"):
-            evaluation.compare(rows, 2, other, "t")
-    file = tmp_path / "b" / "samples_t.jsonl"
-    good = file.read_text()
-    for text in (good.replace('"run": "b"', '"run": "other"'), good[:100], "5\n"):
-        file.write_text(text)
-        with pytest.raises(ValueError, match="has not the responses that"):
-            evaluation.compare(rows, 2, other, "t")
-
-
 # ---- Bad input: one line, before any sampling ----------------------------------------------------
 
 @pytest.mark.parametrize("flags, says", [
@@ -591,8 +524,7 @@ def test_compare_refuses_what_cannot_be_paired(tmp_path):
     (["--template_args", "thinking"], "--template_args thinking: write name=value"),
     (["--tasks", "countdown"], "(prompt of countdown-test-0)"),
     (["--max_new_tokens", "255"], "the prompt of chainsum-test-0 has 7 tokens, allowed: 1 to 1"),
-    (["--tasks", "no/such.jsonl"], "no such file"),
-    (["--compare", "no/results.json"], "no/results.json")])
+    (["--tasks", "no/such.jsonl"], "no such file")])
 def test_bad_flags(refused, tmp_path, monkeypatch, flags, says):
     monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
     assert says in refused("--out", tmp_path / "out", *flags)
@@ -608,7 +540,7 @@ def test_no_checkpoint_at_all(refused, run, tmp_path):
     shutil.copy(run / "config.json", empty)
     assert "no checkpoint yet" in refused(checkpoint=empty)
     (empty / "latest").write_text("step-000009")  # deleted by the run, meanwhile
-    assert "no such directory" in refused(checkpoint=empty)
+    assert "step-000009 is gone" in refused(checkpoint=empty)
     (empty / "config.json").write_text("{")
     assert "not JSON" in refused(checkpoint=empty)
 
@@ -638,12 +570,8 @@ def test_bad_files(refused, tmp_path):
     shutil.copy(tmp_path / "gap.jsonl", tmp_path / "gap.csv")
     twins = f"{tmp_path / 'gap.jsonl'},{tmp_path / 'gap.csv'}"
     assert "both would write samples_gap.jsonl" in refused("--tasks", twins)
-    other = tmp_path / "results.json"
-    for text, says in (("{}", "not a results.json"),
-                       ('{"results": {"aime24": {}}}', "no result of chainsum")):
-        other.write_text(text)
-        assert says in refused("--compare", other, "--out", tmp_path / "b")
-    assert "results.json" in refused("--out", other / "sub")
+    (tmp_path / "results.json").write_text("{}")
+    assert "results.json" in refused("--out", tmp_path / "results.json" / "sub")
 
 
 # ---- The real command ----------------------------------------------------------------------------
