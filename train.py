@@ -14,6 +14,7 @@ them, so nobody has to hand out work. What the loop calls stands below it, in th
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -175,6 +177,8 @@ class Flags:
     resume_from: str = flag("", "with --resume: from this checkpoint instead, as step-000100")
     eval_every: int = flag(10, "steps between held-out evaluations")
     eval_problems: int = flag(512, "held-out problems, one sampled response each", most=2**20)
+    track: str = flag("", "show the run in wandb, trackio or tensorboard, too",
+                      choices=("", "wandb", "trackio", "tensorboard"))
     save_every: int = flag(50, "steps between checkpoints; the last is always saved")
     keep: int = flag(2, "newest checkpoints kept")
     threads: int = flag(1, "CPU threads: more than are free is far slower than one", most=2**10)
@@ -552,6 +556,7 @@ class Log:
     def __init__(self, flags, out, history):
         self.flags, self.out, self.history = flags, out, history
         self.drawn = time.time()  # not in the first minute: it costs a second
+        self.lines, self.tracker = SimpleQueue(), None  # what --track has not seen yet; its thread
         self.file = open(out / "metrics.jsonl" if MAIN else os.devnull, "a")
         self.quiet = not sys.stderr.isatty()  # into a file: a line a step instead of a bar
         self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
@@ -574,15 +579,70 @@ class Log:
         self.bar.update()
         if MAIN and self.quiet:
             print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
-        if MAIN and (metrics["step"] == self.flags.steps or time.time() - self.drawn > 60):
-            self.drawn = time.time()
-            try:
+        if time.time() - self.drawn > 60:
+            self.draw()
+        if MAIN and self.flags.track:
+            self.track(metrics)
+
+    def draw(self):
+        self.drawn = time.time()
+        try:
+            if MAIN:
                 draw_curves(self.out, self.flags.loss, self.history)
-            except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
-                tqdm.write(f"curves.png not drawn: {e}")
+        except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
+            tqdm.write(f"curves.png not drawn: {e}")
+
+    def track(self, metrics):
+        known = {k: v for k, v in metrics.items() if v is not None and k != "step"}
+        self.lines.put((metrics["step"], known))
+        if not self.tracker:
+            # Step 1 has times that no other run has: a resumed run finds its name again.
+            first = hashlib.sha256(json.dumps(self.history[0]).encode()).hexdigest()
+            args = self.flags, f"{self.out.name}-{first[:6]}", metrics["step"], self.lines
+            sys.stdin = open(os.devnull)  # wandb would ask for a key, and the run never end
+            self.tracker = threading.Thread(target=track, args=args, daemon=True)
+            self.tracker.start()
+
+    def close(self):
+        self.draw()
+        self.bar.close()
+        self.file.close()
+        if self.tracker:
+            self.lines.put(None)
+            self.tracker.join(TRACKER_PATIENCE)
 
     def evals(self) -> list[float]:
         return [m["eval"] for m in self.history if m["eval"] is not None]
+
+
+TRACKER_PATIENCE = 60  # seconds that a run waits for it in the end
+
+
+def track(flags, name, first_step, lines) -> None:
+    """The thread of --track: config, `lines` (step, metrics) until None and the last curves go to a
+    viewer. It may fail or hang, and no run stops or waits for that."""
+    out, lines, config = Path(flags.out), iter(lines.get, None), dataclasses.asdict(flags)
+    try:
+        if flags.track == "tensorboard":
+            from matplotlib.image import imread
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(out / "tensorboard", purge_step=first_step)
+            board.add_text("config", json.dumps(config))
+            for step, metrics in lines:
+                for key, value in metrics.items():
+                    board.add_scalar(key, value, step)
+            board.add_image("curves", imread(out / "curves.png"), step, dataformats="HWC")
+            board.close()
+        else:
+            board = importlib.import_module(flags.track)
+            which = {"id": name, "dir": out} if flags.track == "wandb" else {"name": name}
+            board.init(project="rlvr", config=config, resume="allow", **which)
+            for step, metrics in lines:
+                board.log(metrics, step=step)
+            board.log({"curves": board.Image(str(out / "curves.png"))}, step=step)
+            board.finish()
+    except (Exception, SystemExit) as e:
+        tqdm.write(f"--track {flags.track} ends: {type(e).__name__}, {data.first_line(e)}")
 
 
 @contextmanager
@@ -1198,6 +1258,8 @@ def check(flags) -> None:
                          "be split into such groups; 0 is one group of all")
     if flags.offload and WORLD == 1 and DEVICE.type == "cpu":
         raise ValueError("--offload: one process on a CPU has nothing to offload from")
+    if flags.track and not importlib.util.find_spec(flags.track):
+        raise ValueError(f"--track {flags.track}: needs a package; pip install {flags.track}")
     data.check(flags.template, ("auto", *data.TEMPLATES), "template")
     one, logp = torch.ones(1, 1), torch.zeros(1, 1, requires_grad=True)
     losses.advantages(one[0], 1, flags.advantage or "grpo", one[0])
@@ -1232,8 +1294,7 @@ def main() -> None:
         run = set_up(flags)
         with run.scorer, run.stop:
             train(run)
-        run.log.bar.close()
-        run.log.file.close()
+        run.log.close()
         if MAIN:
             say_goodbye(run)
     except (ValueError, OSError, SafetensorError) as e:

@@ -87,7 +87,7 @@ def test_the_peak_is_what_a_process_takes(case):
     argv = json.dumps([raw, tokens, 64, 256, recompute, lora])
     run = subprocess.run([sys.executable, "-c", REAL.format(root=str(ROOT)), argv],
                          capture_output=True, text=True, env=env, check=True)
-    took = float(run.stdout)
+    took = float(run.stdout.splitlines()[-1])  # torch 2.9's Gloo prints before it
     print(f"{case} recompute={recompute}: tracker {said:.3f} GiB, process {took:.3f} GiB")
     assert said == pytest.approx(took, rel=0.05)
 

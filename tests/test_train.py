@@ -456,8 +456,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(run, half, monkeypa
     renamed, then `latest` is written; the old checkpoint goes last."""
     events = []
 
-    def record(module, name):
-        real = getattr(module, name)
+    def record(where, name):
+        real = getattr(where, name)
 
         def recorded(*args, **kw):
             if name == "fsync":
@@ -466,9 +466,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(run, half, monkeypa
                 args_said = " ".join(map(str, args[:2]))
             events.append(f"{name} {args_said}")
             return real(*args, **kw)
-        monkeypatch.setattr(module, name, recorded)
-    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
-        record(module, name)
+        monkeypatch.setattr(where, name, recorded)
+    for where, name in ((os, "fsync"), (Path, "replace"), (shutil, "rmtree")):
+        record(where, name)
     run("--out", "r", "--resume", "--steps", 3, "--keep", 1)
 
     def when(*words):
@@ -997,6 +997,94 @@ def test_microbatches_respect_the_budget(monkeypatch):
             assert len(bins) % world == 0
             assert sorted(id(r) for b in bins for r in b) == sorted(map(id, rollouts))
             assert all(len(b) < 2 or sum(len(r.tokens) for r in b) <= budget for b in bins)
+
+
+# ---- Trackers ----------------------------------------------------------------------------------
+
+TRACKER = """
+import pathlib, threading
+def called(name, *said):
+    with open("called", "a") as file:
+        print(name, *said, file=file)
+    if "{fails}" == name:
+        raise {error}("no \\n\x1b[2J network")
+    if "{fails}" == "hang in " + name:
+        threading.Event().wait()
+def init(**how): called("init", how["name"], how["config"]["loss"], how["resume"])
+def log(values, step): called("log", step, *(f"{{k}}={{v}}" for k, v in values.items()))
+def finish(): called("finish")
+def Image(path): return pathlib.Path(path).stat().st_size > 0
+"""
+
+
+def track_with(directory, monkeypatch, fails="", error="ConnectionError"):
+    """A made-up trackio, which fails in one of its functions."""
+    (directory / "trackio.py").write_text(TRACKER.format(fails=fails, error=error))
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    monkeypatch.setattr(train, "draw_curves", lambda out, *_: (out / "curves.png").write_text("p"))
+    monkeypatch.setattr(train, "TRACKER_PATIENCE", 0.1 if "hang" in fails else 60)
+    return [*TINY, "--track", "trackio", "--out", "r"]
+
+
+def test_a_tracker_gets_config_metrics_and_picture_also_of_a_resumed_run(
+        run, tmp_path, monkeypatch):
+    run(*track_with(tmp_path, monkeypatch), "--save_every", 1)
+    run("--out", "r", "--resume", "--steps", 3)
+    called = [line.split() for line in Path("called").read_text().splitlines()]
+    assert [line[0] for line in called] == "init log log log finish init log log finish".split()
+    assert called[0] == called[5] == ["init", called[0][1], "acpo", "allow"]
+    assert [line[1] for line in called if line[0] == "log"] == ["1", "2", "2", "3", "3"]
+    assert f"reward={metrics('r')[0]['reward']}" in called[1]
+    assert called[3][2:] == called[7][2:] == ["curves=True"]
+    assert not any("None" in word for line in called for word in line)
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish", "hang in init", "hang in log"])
+def test_a_tracker_that_fails_or_hangs_stops_nothing(run, tmp_path, monkeypatch, capsys, fails):
+    run(*track_with(tmp_path, monkeypatch, fails, "SystemExit" if fails == "log" else "OSError"))
+    assert Path("r/latest").read_text() == "step-000002" and len(metrics("r")) == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "--track" in line]
+    assert len(said) == ("hang" not in fails) and "\x1b" not in "".join(said)
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--track wandb: .*; pip install wandb$"):
+        run(*TINY, "--track", "wandb")
+
+
+def copy_a_picture(out, *_):
+    shutil.copy(ROOT / "experiments/figures/objectives.png", out / "curves.png")
+
+
+@pytest.mark.slow  # it starts a server of its own
+def test_wandb_offline(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(train, "draw_curves", copy_a_picture)
+    run(*TINY, "--steps", 1, "--track", "wandb", "--out", "r")
+    file, = Path("r/wandb").glob("offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    assert b"entropy" in content and json.dumps(metrics("r")[0]["entropy"]).encode() in content
+    assert b"skill_steps" in content
+    assert list(file.parent.glob("files/media/images/curves_*.png"))
+
+
+def test_tensorboard(run, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr(train, "draw_curves", copy_a_picture)
+    run(*TINY, "--save_every", 1, "--track", "tensorboard", "--out", "r")
+    shutil.rmtree("r/step-000002")  # step 2 is made again
+    Path("r/latest").write_text("step-000001")
+    run("--out", "r", "--resume", "--steps", 3)
+    board = reader.EventAccumulator("r/tensorboard").Reload()
+    for name in ("reward", "grad_norm", "eval"):
+        written = {m["step"]: m[name] for m in metrics("r") if m[name] is not None}
+        assert {e.step: e.value for e in board.Scalars(name)} == pytest.approx(written)
+    assert "skill_steps" in str(board.Tensors("config/text_summary")[0].tensor_proto)
+    assert board.Images("curves")[-1].width > 100
 
 
 # ---- What is wrong, in one line ----------------------------------------------------------------
