@@ -21,13 +21,16 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
                 "seq-mean-token-sum-norm", "winning-groups")
 ADVANTAGES = ("grpo", "mean", "rloo", "maxrl", "gpg", "reinforce_pp", "reward", "signed")
 
-def objective(agg, advantage="grpo", passes=({},), statistics=None):  # {}: one pass, nothing added
+def objective(agg, advantage="grpo", passes=({},), statistics=None,  # {}: one pass, nothing added
+              minibatch="groups"):
     """Register a function under its own name, with what its published run needs: aggregation and
     advantage; `passes`, the hyper-parameters added in each pass over a rollout; `statistics`, a
-    function(logp, old_logp, mask, **hyper) to sums over the whole mini-batch, all ranks."""
+    function(logp, old_logp, mask, **hyper) to sums over the whole mini-batch, all ranks; whether a
+    mini-batch holds whole "groups", or some "samples" of every group."""
     def register(f):
         OBJECTIVES[f.__name__] = f
-        vars(f).update(agg=agg, advantage=advantage, passes=passes, statistics=statistics)
+        vars(f).update(agg=agg, advantage=advantage, passes=passes, statistics=statistics,
+                       minibatch=minibatch)
         return f
     return register
 
@@ -66,7 +69,8 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     mask (B,T): 1 where a token counts; entropy, sum_p2 (B,T): of p over the vocabulary, now
     agg: one of AGGREGATIONS; group_size, max_len: constants in the means of wapo, dr_grpo; or B, T
     totals: "tokens", "sequences", "winning_groups", "statistics" of the whole mini-batch that
-        these rows are a part of, so that the losses of micro-batches and ranks add up
+        these rows are a part of, so that the losses of micro-batches and ranks add up; a
+        mini-batch of samples of every group has its share of the winning groups, a fraction
     ref_logp (B,T), kl_beta: a penalty on the KL to a reference
     A NaN at a token that counts makes the loss NaN. Misuse raises ValueError."""
     check("loss", name, OBJECTIVES)
@@ -179,7 +183,7 @@ def psr_nsr(b, psr=0.1, nsr=1.0, eps_low=0.2, eps_high=0.2):
     b.A = b.A * b.by_sign(psr, nsr)
     b.chosen = b.mask if psr and nsr else b.mask * (b.A != 0)
     return clip(b, 1 - eps_low, 1 + eps_high)
-@objective("winning-groups", advantage="mean")
+@objective("winning-groups", advantage="mean", minibatch="samples")
 def wapo(b, eps=9.0):
     """WAPO (2606.16154): winners only, clipped above only. -min(ratio, 1 + eps) A"""
     b.A = b.A * (b.seq_mean(b.A) > 0)  # whole responses win or do not
@@ -426,7 +430,7 @@ def aggregate(loss, mask, agg, totals, max_len=None, group_size=None):
     elif agg == "seq-mean-token-sum-norm":  # Dr. GRPO: a constant length favours no response
         scale = scale * max_len
     elif agg == "winning-groups":  # WAPO
-        scale = max(totals["winning_groups"], 1) * max_len * (group_size or len(mask))
+        scale = (totals["winning_groups"] or 1) * max_len * (group_size or len(mask))
     return loss.sum() / torch.as_tensor(scale).clamp(min=1)
 
 @torch.no_grad()

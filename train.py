@@ -79,9 +79,10 @@ def train(run: "Run") -> None:
         meter, norms = Meter(), []
         if flags.old_logp == "trainer":
             recompute_old_logp(run, rollouts, meter)
+        won = winning_groups(rollouts) / flags.updates if by_samples(flags) else None
         for extra in passes:
             for minibatch in minibatches(rollouts, flags):
-                norms.append(update(run, minibatch, extra, meter, first=not norms))
+                norms.append(update(run, minibatch, extra, meter, not norms, won))
         update_seconds = time.time() - began - rollout_seconds
 
         # Log, evaluate, save.
@@ -128,11 +129,15 @@ class Flags:
     steps: int = flag(100, "rollouts, each followed by --updates gradient steps", most=999_999)
     prompts: int = flag(32, "questions per step", most=2**20)
     samples: int = flag(16, "responses per question: the group", most=2**20)
-    updates: int = flag(4, "gradient steps per rollout: mini-batches of whole groups")
+    updates: int = flag(4, "gradient steps per rollout, each on a mini-batch of its own")
+    minibatch: str = flag("", "of whole groups, or of the same number of samples of every group "
+                          "(default: the objective's own)", choices=("", "groups", "samples"))
     epochs: int = flag(1, "passes over each rollout")
     max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
     max_new_tokens: int = flag(0, "longest response (0: 1024 with --model, else twice the longest "
                                "demonstration)")
+    max_tokens: int = flag(0, "longest prompt + response: a long prompt shortens its responses "
+                           "(0: no such limit)")
     temperature: float = flag(1.0, "of sampling, and of the trained log-probs",
                               least=1e-3)
     dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups "
@@ -254,7 +259,8 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     barrier()
     with whole_weights(run.model):
         rollouts = generate(
-            run.model, [questions[i].ids for i in mine], n, flags.max_new_tokens,
+            run.model, [questions[i].ids for i in mine], n,
+            [longest_response(flags, len(questions[i].ids)) for i in mine],
             flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
             eos_ids=run.end_ids, stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
             kv_tokens=flags.kv_tokens or None, progress=MAIN)
@@ -270,6 +276,12 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     place = {number: i for i, number in enumerate(numbers)}
     # The sort is stable: a group's samples stay in order, whichever rank drew them.
     return sorted(gather(rollouts), key=lambda rollout: place[rollout.group])
+
+
+def longest_response(flags, prompt: int) -> int:
+    """To a prompt of so many tokens."""
+    room = flags.max_tokens - prompt if flags.max_tokens else math.inf
+    return min(flags.max_new_tokens, room)
 
 
 def evaluate(run) -> float:
@@ -323,8 +335,15 @@ def groups_of(items, size) -> list[list]:
 
 
 def minibatches(rollouts, flags) -> list[list[Rollout]]:
-    """K lists: of whole groups, or of single responses where K exceeds the prompts."""
-    units = groups_of(rollouts, flags.samples if flags.updates <= flags.prompts else 1)
+    """K lists: of whole groups, or, by samples, of the first samples of all groups, the next, ...;
+    of single responses, in that order, where K exceeds the groups or the samples of one."""
+    size = flags.samples
+    if by_samples(flags):
+        rollouts = [rollout for j in range(size) for rollout in rollouts[j::size]]
+        size = flags.prompts
+    units = groups_of(rollouts, size)
+    if flags.updates > len(units):
+        units = groups_of(rollouts, 1)
     borders = [round(k * len(units) / flags.updates) for k in range(flags.updates + 1)]
     batches = []
     for first, last in zip(borders, borders[1:]):
@@ -336,17 +355,26 @@ def minibatches(rollouts, flags) -> list[list[Rollout]]:
     return batches
 
 
-def update(run, minibatch, extra, meter, first=False) -> float:
+def by_samples(flags) -> bool:
+    return (flags.minibatch or losses.OBJECTIVES[flags.loss].minibatch) == "samples"
+
+
+def winning_groups(rollouts) -> int:
+    return len({r.group for r in rollouts if r.advantage > 0})
+
+
+def update(run, minibatch, extra, meter, first=False, won=None) -> float:
     """One gradient step on a mini-batch, which every rank holds whole; each takes its own
     micro-batches. `extra`: hyper-parameters of this pass. `first`: nothing has been updated since
-    the rollout. Returns the gradient norm; where it is not finite, the step was skipped."""
+    the rollout. `won`: where groups are split, this mini-batch's share of those that won. Returns
+    the gradient norm; where it is not finite, the step was skipped."""
     flags, objective = run.flags, losses.OBJECTIVES[run.flags.loss]
     hyper = flags.hyperparameters() | extra
     parts = microbatches(minibatch, flags.tokens_per_microbatch)
     barrier()
     # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
     totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
-              "winning_groups": len({r.group for r in minibatch if r.advantage > 0})}
+              "winning_groups": winning_groups(minibatch) if won is None else won}
     if objective.statistics and flags.acpo_stats == "batch":
         totals["statistics"] = statistics(run, objective, parts, hyper, first)
 
@@ -368,8 +396,8 @@ def update(run, minibatch, extra, meter, first=False) -> float:
             flags.loss, tokens.logp, tokens.old_logp, per_rollout(micro, "advantage"), tokens.mask,
             agg=flags.agg or None, entropy=tokens.entropy, sum_p2=tokens.sum_p2,
             pass_rate=per_rollout(micro, "pass_rate"), group_size=flags.samples,
-            max_len=flags.max_new_tokens, totals=totals, ref_logp=ref_logp, kl_beta=flags.kl_beta,
-            **hyper)
+            max_len=flags.max_tokens or flags.max_new_tokens, totals=totals, ref_logp=ref_logp,
+            kl_beta=flags.kl_beta, **hyper)
         (loss * WORLD).backward()  # FSDP averages over ranks, while `totals` count all of them
         metrics["entropy"] = tokens.entropy[tokens.mask].mean()
         meter.add(metrics, int(tokens.mask.sum()))
@@ -1002,8 +1030,11 @@ def load_questions(flags, model, tokenizer):
         if not held_out:
             raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and "
                              "held out; give --eval_data")
-    longest = min(flags.max_prompt_tokens,
-                  model.config.max_position_embeddings - flags.max_new_tokens)
+    context = model.config.max_position_embeddings
+    if flags.max_tokens > context:
+        raise ValueError(f"--max_tokens {flags.max_tokens}: the model's context is {context}")
+    room = flags.max_tokens - 1 if flags.max_tokens else context - flags.max_new_tokens
+    longest = min(flags.max_prompt_tokens, room)
     chat_args = data.parse_args(flags.template_args, "--template_args")
     try:
         data.check_golds([*problems, *held_out], rewards.check_gold)

@@ -126,7 +126,7 @@ def measure(raw, gpus, flags, dtype=torch.bfloat16) -> dict:
     """GiB on a GPU: "update", the peak in a micro-batch, and "categories", its parts; "resident" in
     the rollout, with whole weights; "prefill", what a prefill adds to that; "host", moved to CPU
     memory by --offload. And "parameters"."""
-    prompt, longest = flags.max_prompt_tokens, flags.max_prompt_tokens + flags.max_new_tokens
+    prompt, longest = flags.max_prompt_tokens, longest_sequence(flags)
     full, rest = divmod(max(flags.tokens_per_microbatch, longest), longest)
     batch = packed([longest] * full + [rest] * (rest > 1), prompt)
     mine = math.ceil(flags.prompts / gpus) * prompt
@@ -173,6 +173,11 @@ def measure(raw, gpus, flags, dtype=torch.bfloat16) -> dict:
             "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def longest_sequence(flags) -> int:
+    longest = flags.max_prompt_tokens + flags.max_new_tokens
+    return min(longest, flags.max_tokens or longest)
+
+
 def packed(lengths, prompt):
     """model.pack()'s result for sequences of `lengths`, without sharing."""
     rows, N = [], sum(lengths)
@@ -214,7 +219,7 @@ def fit(raw, gpus, flags, m, card) -> tuple[float, int]:
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim / GIB  # bfloat16 k and v
     kv_tokens = flags.kv_tokens or int(rollout.GPU_CACHE_SHARE * max(0.0, free) / token)
     rows = math.ceil(flags.prompts / gpus) * flags.samples
-    sequences = min(rows, kv_tokens // (flags.max_prompt_tokens + flags.max_new_tokens))
+    sequences = min(rows, kv_tokens // longest_sequence(flags))
     logits = 16 * sequences * c.vocab_size / GIB  # and three copies on the way to a token
     left = min(room - m["update"], free - kv_tokens * token - max(m["prefill"], logits))
     return (left, sequences) if sequences else (min(left, -1.0), 0)
@@ -222,7 +227,7 @@ def fit(raw, gpus, flags, m, card) -> tuple[float, int]:
 
 def remedies(gpus, flags):
     """What to turn, one after the other: (words, GPUs, flags); each keeps the changes before it."""
-    least = min(flags.tokens_per_microbatch, flags.max_prompt_tokens + flags.max_new_tokens)
+    least = min(flags.tokens_per_microbatch, longest_sequence(flags))
     steps = {"--recompute": {"recompute": True},
              f"and --tokens_per_microbatch {least}": {"tokens_per_microbatch": least},
              "and --offload (slower)": {"offload": True}}
@@ -313,7 +318,7 @@ def parse(gpus, argv) -> train.Flags:
     if not flags.model:
         raise ValueError("--model is missing; the small default model fits anywhere")
     context = Config.from_dict(architecture(flags.model)).max_position_embeddings
-    longest = flags.max_prompt_tokens + flags.max_new_tokens
+    longest = longest_sequence(flags)
     if longest > context:
         raise ValueError(f"--max_prompt_tokens + --max_new_tokens is {longest}, and the model's "
                          f"context is {context}")

@@ -116,7 +116,8 @@ class Lens:
     """An objective and one view of the tokens. All tensors are (B,T)."""
 
     def __init__(self, name, view, rollouts, flags):
-        self.name, self.how = name, {"group_size": flags.samples, "max_len": flags.max_new_tokens}
+        self.name, self.how = name, {"group_size": flags.samples,
+                               "max_len": flags.max_tokens or flags.max_new_tokens}
         if name == flags.loss:
             self.how |= flags.hyperparameters()
         advantage = train.per_rollout(rollouts, "advantage").cpu()

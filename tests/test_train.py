@@ -987,6 +987,88 @@ def test_minibatches_partition_the_rollout():
             assert all(len(batch) % samples == 0 for batch in batches)  # whole groups
 
 
+def test_minibatches_by_samples_hold_the_same_samples_of_every_group():
+    """WAPO's: rows are sample-major there, so that a mini-batch has n / K samples of all prompts."""
+    def sampled(flags):
+        rollouts = [Rollout([g, j], 1, [0.0], True, group=g)
+                    for g in range(flags.prompts) for j in range(flags.samples)]
+        return [[tuple(r.tokens) for r in batch] for batch in train.minibatches(rollouts, flags)]
+    flags = train.Flags(loss="wapo", prompts=3, samples=8, updates=4)
+    assert sampled(flags)[1] == [(0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3)]
+    groups = train.Flags(loss="wapo", minibatch="groups", prompts=4, samples=2, updates=4)
+    assert sampled(groups)[1] == [(1, 0), (1, 1)]
+    many = train.Flags(loss="grpo", minibatch="samples", prompts=3, samples=2, updates=6)
+    assert sampled(many) == [[(g, j)] for j in range(2) for g in range(3)]
+
+
+@pytest.mark.parametrize("winners", [0, 1, 3])
+def test_wapo_is_its_repositorys(winners):
+    """Four updates of layer6ai-labs/wapo ca70250, typed again: orchestrator.py makes advantages,
+    weights and the normaliser, trainer.py the loss of each mini-batch. Some mini-batches hold no
+    sample that won, and in all there may be fewer winning groups than mini-batches."""
+    P, n, K, budget = 5, 8, 4, 40
+    flags = train.Flags(loss="wapo", prompts=P, samples=n, updates=K, max_tokens=budget,
+                        max_new_tokens=16, clip_norm=0, tokens_per_microbatch=60)
+    rollouts, model = rollouts_for(P * n, samples=n), small_net()
+    for i, r in enumerate(rollouts):
+        r.score = float(r.group < winners and i % 3 == 0)
+    train.assign_advantages(rollouts, flags)
+    optimizer = KeepGradients(model)
+    run = SimpleNamespace(flags=flags, model=model, reference=None, optimizer=optimizer, step=1)
+    won = train.winning_groups(rollouts) / K
+    ours = []
+    for minibatch in train.minibatches(rollouts, flags):
+        train.update(run, minibatch, {}, train.Meter(), won=won)
+        ours.append(optimizer.seen)
+
+    rows = [rollouts[p * n + k] for k in range(n) for p in range(P)]  # sample-major
+    rewards = [r.score for r in rows]
+    advantages = [0.0] * len(rows)
+    for p in range(P):
+        mean = sum(rewards[p::P]) / n
+        for k in range(n):
+            advantages[p + k * P] = rewards[p + k * P] - mean
+    normalizer = max(sum(any(a > 0 for a in advantages[p::P]) for p in range(P)), 1)
+    for k in range(K):
+        model.zero_grad()
+        total = torch.zeros(())
+        for i in range(k * len(rows) // K, (k + 1) * len(rows) // K):
+            r = rows[i]
+            logits = model(torch.tensor([r.tokens]))[0, r.prompt_len - 1:-1]
+            logp = logits.log_softmax(-1).gather(1, torch.tensor(r.tokens[r.prompt_len:])[:, None])
+            ratio = (logp[:, 0] - torch.tensor(r.logp)).exp()
+            if advantages[i] > 0:  # mask_negative_advantages
+                clipped = ratio.clamp(max=1 + 9.0)
+                loss = -torch.min(ratio * advantages[i], clipped * advantages[i])
+                total = total + loss.sum() / (n * budget)
+        if total.requires_grad:
+            (total * K / normalizer).backward()
+        for name, p in model.named_parameters():
+            theirs = torch.zeros_like(p) if p.grad is None else p.grad
+            assert torch.allclose(ours[k][name], theirs, rtol=1e-4, atol=1e-7), (k, name)
+    assert winners == 0 or max(g.abs().max() for seen in ours for g in seen.values()) > 1e-3
+
+
+def test_a_budget_of_prompt_and_response(run, monkeypatch):
+    """A long prompt leaves room for a shorter response; the run goes through."""
+    assert train.longest_response(train.Flags(max_new_tokens=6, max_tokens=0), 100) == 6
+    assert [train.longest_response(train.Flags(max_new_tokens=6, max_tokens=10), prompt)
+            for prompt in (2, 4, 7, 9)] == [6, 6, 3, 1]
+    seen, real = [], train.sample
+
+    def sample(*args):
+        seen.extend(real(*args))
+        return seen[-len(args[1]) * args[3]:]
+    monkeypatch.setattr(train, "sample", sample)
+    run(*TINY, "--loss", "wapo", "--max_tokens", 11, "--out", "r")  # prompts have 7 tokens
+    assert_learned("r")
+    assert max(r.length for r in seen) == 4
+    with pytest.raises(SystemExit, match="allowed: 1 to 6"):
+        run(*TINY, "--max_tokens", 7)
+    with pytest.raises(SystemExit, match="--max_tokens 4096: the model's context is 2048"):
+        run(*TINY, "--max_tokens", 4096)
+
+
 def test_microbatches_respect_the_budget(monkeypatch):
     lengths = (3, 50, 7, 7, 9, 30, 2, 2, 2, 41)
     rollouts = [Rollout([0] * n, 1, [], True) for n in lengths]
