@@ -352,6 +352,8 @@ def answer_of(row, task):
     answer = present(find(row, "answer"))
     if task in ("math", "chainsum"):
         return {"answer": golds(answer)}
+    if task in ("exact_box", "exact_line"):
+        return {"answer": str(answer).strip()}
     if str(answer).startswith(("[", "{")):  # a list or an object, perhaps stored as text
         answer = present(parsed(answer))
     if task == "kk":
@@ -461,12 +463,27 @@ class Rows:
 
 
 # ---- Hub datasets: a row of SOURCES each, where needed with an adapter to our columns ------------
+# An adapter may return None: that row is none of the set's.
 
 def dapo(row):
     """Without the request for an "Answer:" line: it contradicts templates that ask for a box."""
     asks = (r"^Solve the following math problem step by step\. The last line .*? answer to the "
             r"problem\.\s*|\s*Remember to put your answer on its own line after \"Answer:\"\.?\s*$")
     return {**row, "prompt": re.sub(asks, "", row["prompt"], flags=re.S)}
+
+
+def numina_lean_math(row):
+    """Word and multiple-choice problems whose answer is a plain number, as WAPO's run kept them."""
+    number = re.sub("[, ]", "", str(row["answer"]).strip())
+    if row["question_type"] not in ("math-word-problem", "MCQ") or not row["problem"]:
+        return None
+    if not re.fullmatch(r"[+-]?\d+([./]\d+)?", number):
+        return None
+    return {"prompt": row["problem"], "answer": row["answer"], "task": "exact_line"}
+
+
+def math_prm(row):
+    return {"prompt": row["problem"], "answer": row["answer"], "task": "exact_box"}
 
 
 def olympiad(row):  # final_answer holds one text, which lists all values that are asked for
@@ -517,6 +534,11 @@ SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
     "dapo17k": source("open-r1/DAPO-Math-17k-Processed", dapo, train=("all/train", 17_398)),
     "math": source("EleutherAI/hendrycks_math",
                    train=(f"{SUBJECTS}/train", 7_500), test=(f"{SUBJECTS}/test", 5_000)),
+    "math_prm": {**source("rasbt/math_full_minus_math500", math_prm, train=("train", 12_000)),
+                 **source("HuggingFaceH4/MATH-500", math_prm,
+                          "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", test=("test", 500))},
+    "numina_lean_math": source("AI-MO/NuminaMath-LEAN", numina_lean_math,
+                               train=("train", 104_155)),
     "gsm8k": source("openai/gsm8k", dict, "e53f048856ff4f594e959d75785d2c2d37b678ee",
                     train=("main/train", 7_473), test=("main/test", 1_319)),
     "countdown_hub": source("Jiayi-Pan/Countdown-Tasks-3to4", countdown_row,
@@ -563,7 +585,8 @@ def load_hub(name, split, seed):
     bad = []
     for i, row in enumerate(rows):
         try:
-            problems.append(replace(from_row(adapter(row), ""), id=f"{name}-{split}-{i}"))
+            if (ours := adapter(row)) is not None:
+                problems.append(replace(from_row(ours, ""), id=f"{name}-{split}-{i}"))
         except (ValueError, TypeError, LookupError) as e:  # KeyError: no such column
             bad.append(f"row {i}: {type(e).__name__}: {e}")
     report(bad, len(rows), f"rows of {hub} cannot be used")
@@ -626,6 +649,10 @@ COUNTDOWN = ("Using the numbers {numbers}, create an equation that equals {targe
              "basic arithmetic operations (+, -, *, /) and each number can only be used once.")
 WORDS = {  # task -> the question for a reader who does not know our short prompts; how to answer
     "math": ("{prompt}", BOX),
+    "exact_box": ("{prompt}", "\n\nSolve the problem and put your final answer inside \\boxed{}."),
+    "exact_line": ("Solve the following math problem step by step. Put your reasoning inside "
+                   "<think>...</think> tags. On the final line, write exactly: Answer: <your "
+                   "answer>.\n\n{prompt}", ""),
     "chainsum": ("What is the sum of the digits of {short}, modulo 10?",
                  " End your reply with #, the digit and $, like this: #7$"),
     "countdown-boxed": (COUNTDOWN, " \nAnd your final answer will be extracted automatically by "
@@ -642,12 +669,12 @@ WORDS = {  # task -> the question for a reader who does not know our short promp
     "rg": ("{prompt}", IN_TAGS + ".")}
 
 
-def encode(problems, template, tokenizer, longest, template_args={}):
+def encode(problems, template, tokenizer, longest, template_args={}, skip=False):
     """[Question]; or ValueError with the first prompt that has more than `longest` tokens, or that
     the tokenizer cannot write: those without an unknown token drop characters silently.
 
-    template_args: variables of a chat template, such as {"enable_thinking": False}; "date" is the
-    day that it is told."""
+    skip: leave out what is too long, and say how much. template_args: variables of a chat template,
+    such as {"enable_thinking": False}; "date" is the day that it is told."""
     texts = render(problems, template, tokenizer, template_args)
     for p, text in zip(problems, texts):
         if len(text) > MAX_CHARS:  # 50 MB abort a tokenizer's process
@@ -658,9 +685,13 @@ def encode(problems, template, tokenizer, longest, template_args={}):
         if lost:
             raise ValueError(f"the tokenizer, made for another task, cannot write {lost!r} "
                              f"(prompt of {p.id})")
-        if not 0 < len(ids) <= longest:
+        if not ids or len(ids) > longest and not skip:
             raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed: 1 to {longest}")
-    return [Question(*three) for three in zip(problems, texts, encoded)]
+    questions = [Question(*q) for q in zip(problems, texts, encoded) if len(q[2]) <= longest]
+    if len(questions) < len(problems):
+        left_out = f"{len(problems) - len(questions)} of {len(problems)} prompts have more than "
+        print(f"{left_out}{longest} tokens and are left out", file=sys.stderr)
+    return questions
 
 
 MAX_CHARS = 10**6

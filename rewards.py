@@ -11,6 +11,8 @@ Tasks and their problem fields:
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
     qa         answer=[any, of]               last <answer>, metric="em" or "f1" (SQuAD, HotpotQA)
     math       answer="1/2" or [any, of]      last \boxed{} or \fbox{} anywhere in the response
+    exact_box  answer="1/2"                   last box, the same characters (WAPO's math_prm)
+    exact_line answer="7"                     `<think>..</think> Answer: 7`, the same characters
     rg         name, config, entry            last <answer>, by reasoning-gym's own scorer
 
 Status: "ok" an answer was found and compared (right or wrong), "no_answer", "unparsable",
@@ -193,6 +195,15 @@ def token_f1(pred, gold):
         return 0.0
     a, b = pred.split(), gold.split()
     return 2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b))
+
+def exact_box(response, answer):
+    box = last_boxed(response)
+    return box.strip() == answer if box else "no_answer"
+
+def exact_line(response, answer):
+    """WAPO's numina_lean_math: the thoughts, the answer, and nothing before, between or after."""
+    found = re.match(r"(?s)\s*<think>.+?</think>\s*Answer:(.*)", response)
+    return found[1].strip() == answer if found else "no_answer"
 
 def as_list(value):
     return value if isinstance(value, (list, tuple)) else [value]
@@ -820,8 +831,9 @@ def gym(name, config):
     return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
 
 TASKS = {"chainsum": chainsum, "add": add, "countdown": countdown, "tableqa": tableqa, "kk": kk,
-         "qa": qa, "math": math, "rg": rg}
-SAY_THE_ANSWER = ("chainsum", "add", "tableqa", "kk", "qa", "math")  # their reference is a response
+         "qa": qa, "math": math, "exact_box": exact_box, "exact_line": exact_line, "rg": rg}
+SAY_THE_ANSWER = (  # their reference is a response
+    "chainsum", "add", "tableqa", "kk", "qa", "math", "exact_box")
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""

@@ -134,6 +134,7 @@ class Flags:
                           "(default: the objective's own)", choices=("", "groups", "samples"))
     epochs: int = flag(1, "passes over each rollout")
     max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
+    skip_long_prompts: bool = flag(False, "or its question is left out")
     max_new_tokens: int = flag(0, "longest response (0: 1024 with --model, else twice the longest "
                                "demonstration)")
     max_tokens: int = flag(0, "longest prompt + response: a long prompt shortens its responses "
@@ -1038,8 +1039,11 @@ def load_questions(flags, model, tokenizer):
     chat_args = data.parse_args(flags.template_args, "--template_args")
     try:
         data.check_golds([*problems, *held_out], rewards.check_gold)
-        return [data.encode(some, flags.template, tokenizer, longest, chat_args)
-                for some in (problems, held_out)]
+        both = [data.encode(some, flags.template, tokenizer, longest, chat_args,
+                            flags.skip_long_prompts) for some in (problems, held_out)]
+        if not all(both):
+            raise ValueError("every prompt is too long")
+        return both
     except ValueError as e:
         limits = f"--max_prompt_tokens {longest}, --max_new_tokens {flags.max_new_tokens}"
         raise ValueError(f"--data {flags.data}: {e} ({limits})") from None

@@ -39,11 +39,12 @@ PyTorch's varlen attention (flash-attn takes less: it repeats no keys and values
 2 GiB for NCCL and the next block's weights where there are several cards, 4 % of a card lost to
 fragmentation; generate() fills 60 % of what is free with its KV cache. Not seen: --compile, other
 processes on the card."""
-SHAPES = {  # as published: hidden, mlp, layers, heads, kv heads, vocabulary, tied, context
-    "Qwen/Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True, 32768),
-    "Qwen/Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True, 131072),
-    "Qwen/Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True, 32768),
-    "Qwen/Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False, 131072)}
+SHAPES = {  # as published: kind, hidden, mlp, layers, heads, kv heads, vocabulary, tied, context
+    "Qwen/Qwen2.5-0.5B": ("qwen2", 896, 4864, 24, 14, 2, 151936, True, 32768),
+    "Qwen/Qwen2.5-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 151936, True, 131072),
+    "Qwen/Qwen2.5-3B": ("qwen2", 2048, 11008, 36, 16, 2, 151936, True, 32768),
+    "Qwen/Qwen2.5-7B": ("qwen2", 3584, 18944, 28, 28, 4, 152064, False, 131072)}
+MORE = {"HuggingFaceTB/SmolLM3-3B": ("smollm3", 2048, 11008, 36, 16, 4, 128256, True, 65536)}
 CATEGORIES = {  # names of PyTorch's tracker
     "weights, this card's shard": ["Sharded Param"],
     "weights, gathered": ["Unsharded Param", "All Gather"],
@@ -59,11 +60,12 @@ def architecture(name: str) -> dict:
     path = Path(name) / "config.json"
     if path.is_file():
         return json.loads(path.read_text())
-    if name in SHAPES:
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "vocab_size", "tie_word_embeddings",
+    known = SHAPES | MORE
+    if name in known:
+        keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings",
                 "max_position_embeddings")
-        return {"model_type": "qwen2", **dict(zip(keys, SHAPES[name]))}
+        return dict(zip(keys, known[name]))
     from huggingface_hub import hf_hub_download
     try:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -73,7 +75,7 @@ def architecture(name: str) -> dict:
         raise FileNotFoundError(
             f"--model {name}: no config.json there, and none from the hub "
             f"({str(e).splitlines()[0]}); offline, give a directory with one, or one of "
-            f"{', '.join(SHAPES)}") from None
+            f"{', '.join(known)}") from None
 
 
 # ---- Counting ----------------------------------------------------------------------------------

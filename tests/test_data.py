@@ -443,6 +443,11 @@ CASES = {  # name, split -> a row as the hub has it, (prompt, answer, task, grou
                            ("3+4?", *math("7"))),
     ("math", "test"): ({"problem": "P", "solution": r"$\boxed{\frac12}$"},
                        ("P", *math(r"\frac12"))),
+    ("math_prm", "train"): ({"problem": "P ", "solution": "S", "answer": r"\frac12"},
+                            ("P", {"answer": r"\frac12"}, "exact_box", "")),
+    ("numina_lean_math", "train"): (
+        {"problem": "N\n", "question_type": "MCQ", "answer": " 1,018 "},
+        ("N", {"answer": "1,018"}, "exact_line", "")),
     ("gsm8k", "test"): ({"question": "Q", "answer": "so\n#### 1,018"}, ("Q", *math("1,018"))),
     ("countdown_hub", "test"): (
         {"target": 98, "nums": [44, 19, 35]},
@@ -495,6 +500,20 @@ def test_hub_rows_in_the_real_schema(name, split, hub):
     hub(name, split, [row], count=len(configs))
     with pytest.raises(ValueError, match="rows of .* cannot be used, the first is row 0"):
         data.load(name, split)
+
+
+def test_numina_keeps_words_and_choices_whose_answer_is_a_plain_number(hub):
+    """As WAPO's environment: neither proofs, nor letters, formulas or several values."""
+    kinds = ["math-word-problem", "MCQ", "proof"]
+    answers = ["25", "-3", "+7", "0.5", "3/4", "1 000", "12,5", "A", r"\frac{1}{2}", "2, 3;", "x=1",
+               "unknown", "", None, "1/2/3", ".5", "5."]
+    rows = [{"problem": f"{kind} {answer}", "question_type": kind, "answer": answer}
+            for kind in kinds for answer in answers]
+    rows.append({"problem": "", "question_type": "MCQ", "answer": "1"})
+    hub("numina_lean_math", "train", rows, count=len(rows))
+    kept = {p.prompt: p.answer["answer"] for p in data.load("numina_lean_math")}
+    plain = ["25", "-3", "+7", "0.5", "3/4", "1 000", "12,5"]
+    assert kept == {f"{kind} {answer}": answer for kind in kinds[:2] for answer in plain}
 
 
 def test_row_counts_are_checked(hub):
@@ -786,6 +805,27 @@ def test_nothing_is_lost_by_a_normalizer():
     p = Problem("1\u0065\u0301=", {"answer": "1"}, "chainsum")
     with pytest.raises(ValueError, match="cannot write '\u00e9'"):
         data.encode([p], "none", tokenizer, 200)
+
+
+def test_prompts_that_are_too_long_may_be_left_out(capsys):
+    problems = [Problem("x" * n, {"answer": "1"}, "math", str(n)) for n in (3, 50, 7)]
+    some = data.encode(problems, "none", byte_tokenizer(), 49, skip=True)
+    assert [q.problem.id for q in some] == ["3", "7"] and all(len(q.ids) <= 49 for q in some)
+    assert capsys.readouterr().err == "1 of 3 prompts have more than 49 tokens and are left out\n"
+
+
+def test_prompts_of_wapos_runs():
+    """Word for word as layer6ai-labs/wapo ca70250, environments/, asks: under a chat template."""
+    box, line = [Problem("What is 1+1?", {"answer": "2"}, task, "") for task in
+                 ("exact_box", "exact_line")]
+    tokenizer = byte_tokenizer(CHAT)
+    begin, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    assert render(box, "chat", tokenizer) == (
+        f"{begin}What is 1+1?\n\nSolve the problem and put your final answer inside \\boxed{{}}.{end}")
+    assert render(line, "chat", tokenizer) == (
+        f"{begin}Solve the following math problem step by step. Put your reasoning inside "
+        "<think>...</think> tags. On the final line, write exactly: Answer: <your answer>.\n\n"
+        f"What is 1+1?{end}")
 
 
 def test_prompts_that_are_too_long():

@@ -4,6 +4,7 @@ attacks. Each kind of answer has right and wrong siblings; a comment names the f
 `pytest tests/test_rewards.py -m slow` sets off the other bombs."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -751,6 +752,36 @@ def test_qa(text, answer, metric, expected):
     assert graded("qa", text, answer=answer, metric=metric) == pytest.approx(expected)
 
 
+# ---- Exact answers: WAPO's two mathematical tasks ------------------------------------------------
+
+FORM = re.compile(r"^\s*<think>(.+?)</think>\s*Answer:\s*(.+?)\s*$", re.DOTALL)  # the repository's
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<think>1+1</think> Answer: 2", 1), ("\n<think>a\nb</think>\n\nAnswer:2\n", 1),
+    ("<think>a</think> Answer: 2 ", 1), ("<think>a</think> so </think>Answer: 2", 1),
+    ("<think>a</think> Answer: 2.", 0), ("<think>a</think> Answer: 2.0", 0),
+    ("<think>a</think> Answer: 3\nAnswer: 2", 0), ("<think>a</think> Answer: \\boxed{2}", 0),
+    ("<think>a</think> Answer: ", 0), ("<think>a</think> answer: 2", "no_answer"),
+    ("<think>a</think> The end. Answer: 2", "no_answer"), ("Answer: 2", "no_answer"),
+    ("Well. <think>a</think> Answer: 2", "no_answer"), ("<think></think> Answer: 2", "no_answer"),
+    ("<think>a Answer: 2", "no_answer"), ("", "no_answer")])
+def test_exact_line(text, expected):
+    score, status = grade("exact_line", text, answer="2")
+    assert (score if status == "ok" else status) == expected
+    found = FORM.match(text)
+    assert (expected == 1) == bool(found and found[2].strip() == "2")
+
+
+@pytest.mark.parametrize("text, expected", [
+    (r"so \boxed{\frac12}", 1), (r"\boxed{1} or \boxed{ \frac12 }.", 1), (r"\boxed{0.5}", 0),
+    (r"\boxed{\frac{1}{2}}", 0), (r"\boxed{\frac12", "no_answer"), (r"\frac12", "no_answer"),
+    (r"\boxed{\frac12} \boxed{}", "no_answer")])
+def test_exact_box(text, expected):
+    score, status = grade("exact_box", text, answer=r"\frac12")
+    assert (score if status == "ok" else status) == expected
+
+
 @pytest.mark.parametrize("task, problem", [
     ("tableqa", {"answer": [13.3]}), ("kk", {"answer": PAIR}), ("qa", {"answer": ["13.3"]}),
     ("countdown", {"numbers": [1, 2], "target": 3})])
@@ -849,7 +880,7 @@ INJECTIONS = ["__import__('os').system('touch {f}')", "exec(\"open('{f}','w')\")
 SMALL = [("math", {"answer": "x"}), ("countdown", {"numbers": [7], "target": 7}),
          ("countdown", {"numbers": [7], "target": 7, "format": "boxed"}), ("tableqa", {"answer": [7]}),
          ("kk", {"answer": {"A": "knight"}}), ("qa", {"answer": "y", "metric": "f1"}),
-         ("chainsum", {"answer": "x"})]
+         ("chainsum", {"answer": "x"}), ("exact_box", {"answer": "x"}), ("exact_line", {"answer": "x"})]
 
 def test_no_code_runs(tmp_path):
     """PRIME and reasoning-gym hand model text to sympy.parse_expr, which is eval."""
@@ -888,6 +919,12 @@ def test_bombs_time_out(text):
     assert score("math", r"\boxed{1+x}", answer="x+1") == 1
 
 
+def test_tags_without_end_are_graded_in_time():
+    for response in ("<think>" * 50_000, "<think>" + "</think> " * 50_000,
+                     "<think>a</think>" + " " * 100_000 + "Answer" + " " * 100_000):
+        assert graded_in_time("exact_line", response, answer="2") == 0
+
+
 def graded_in_time(task, response, **problem):
     start = time.monotonic()
     value = score(task, response, **problem)
@@ -914,12 +951,13 @@ TOKENS = (r"\frac { } \sqrt ^ _ 1 2 x + - ( ) , \{ \} \text \pi = < [ ] \cup ! %
           r"\overline \pm \begin{cases} \end{cases} \pmod cm or 0. \ldots").split()
 LATEX = st.lists(st.sampled_from(TOKENS), max_size=12).map(" ".join)
 UNICODE = st.text(st.characters(), max_size=60)  # includes lone surrogates
-FRAMES = ["{}", r"\boxed{{{}}}", "<answer>{}</answer>", r"<answer>\boxed{{{}}}</answer>"]
+FRAMES = ["{}", r"\boxed{{{}}}", "<answer>{}</answer>", r"<answer>\boxed{{{}}}</answer>",
+          "<think></think>{}</think> Answer: {}"]
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(UNICODE, LATEX), st.sampled_from(EVERY), st.sampled_from(FRAMES))
 def test_any_text_gives_a_score_in_time(text, task, frame):
-    graded_in_time(task[0], frame.format(text), **task[1])
+    graded_in_time(task[0], frame.format(text, text), **task[1])
 
 
 @settings(deadline=None, max_examples=50)
