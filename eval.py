@@ -26,11 +26,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import rewards
-from model import Model
+from model import Model, Progress
 from rollout import generate
 
 SUITES = {"math": "math500 aime24 aime25 amc23 minerva olympiadbench gsm8k".split(),
@@ -55,6 +54,7 @@ def evaluate(args):
     tasks = known_tasks(args, run)
     job = load(args, run, tasks)
     questions = {name: load_questions(task, job) for name, task in tasks.items()}
+    job.left = sum(map(len, questions.values())) * (args.n + (args.temperature > 0))
     args.out.mkdir(parents=True, exist_ok=True)  # after all that may be wrong with the flags
     if MAIN:
         flags = ", ".join(f"{name} {value}" for name, value in vars(args).items() if value)
@@ -91,6 +91,9 @@ class Job:
     tokenizer: object
     end_ids: list      # of ids that end a response
     args: object       # the flags
+    progress: Progress
+    done: int = 0      # responses of all tasks, sampled by this process
+    left: int = 0
 
 
 def load(args, run, tasks):
@@ -105,7 +108,7 @@ def load(args, run, tasks):
         setattr(args, name, getattr(args, name) or run.get(name) or value)
     args.template = data.choose_template(args.template, tokenizer)
     end_ids = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
-    return Job(model, tokenizer, end_ids, args)
+    return Job(model, tokenizer, end_ids, args, Progress())
 
 
 def origin(name):
@@ -186,13 +189,11 @@ def collect(path, questions, sampling, job, scorer):
         rows = graded(had, scorer, job.args)  # by today's graders
         write(path, as_lines(rows + beyond))
         if rows:
-            tqdm.write(f"{path.name}: {len(rows)} of {len(heads)} responses are there already")
+            print(f"{path.name}: {len(rows)} of {len(heads)} responses are there already")
     rows = gather(rows)
     step = max(1, BATCH // n) * WORLD
-    # disable=None: no bar where the output is no terminal
-    with open(path if MAIN else os.devnull, "a", encoding="utf-8") as file, \
-            tqdm(total=len(heads), initial=len(rows), desc=path.stem, unit=" responses",
-                 disable=None if MAIN else True) as bar:
+    job.left -= len(rows)
+    with open(path if MAIN else os.devnull, "a", encoding="utf-8") as file:
         for at in range(len(rows) // n, len(questions), step):
             mine = range(at + RANK, min(at + step, len(questions)), WORLD)
             answered = respond(mine, questions, heads, sampling, job)
@@ -202,8 +203,11 @@ def collect(path, questions, sampling, job, scorer):
             if MAIN:
                 file.write(as_lines(new))
                 file.flush()
-            bar.update(len(new))
-            bar.set_postfix_str(f"score {mean([row['score'] for row in rows]):.3f}")
+            job.done += len(new)
+            job.left -= len(new)
+            score = mean([row["score"] for row in rows])
+            job.progress.show(job.done / (job.done + job.left), f"{path.stem}: score {score:.3f}; "
+                              f"{job.left:,} responses of all tasks are left")
     return rows
 
 
@@ -326,8 +330,8 @@ def stored(path, heads, n):
     while fit < min(len(rows), len(heads)) and fits(rows[fit], heads[fit]):
         fit += 1
     if fit < min(len(rows), len(heads)):
-        tqdm.write(f"{path} has responses of other questions, flags or weights: it is kept as "
-                   f"{set_aside(path).name}, and {fit} of its {len(rows)} responses are used")
+        print(f"{path} has responses of other questions, flags or weights: it is kept as "
+              f"{set_aside(path).name}, and {fit} of its {len(rows)} responses are used")
     answered = []
     for head, row in zip(heads, rows[:fit // n * n]):
         answered.append(head | {key: row[key] for key in RESPONSE})

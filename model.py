@@ -18,6 +18,8 @@ import json
 import math
 import os
 import shutil
+import sys
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -700,6 +702,32 @@ class Model(nn.Module):
         replace_directory(aside, directory)
 
 
+# ---- Long work ----
+
+class Progress:
+    """Where work is that takes over 5 s, on stderr: on a terminal a line that the next one
+    overwrites, elsewhere one line a minute. Of several ranks the first one speaks."""
+
+    def __init__(self):
+        self.began = self.now = time.monotonic()
+        self.next = self.began + 5 if os.environ.get("RANK", "0") == "0" else math.inf
+
+    def due(self) -> bool:
+        self.now = time.monotonic()
+        return self.now >= self.next
+
+    def show(self, share, text, left="about") -> None:
+        """`text` and, judged by the share of the work that is done, the seconds left."""
+        if self.due():
+            on_terminal = sys.stderr.isatty()
+            self.next = self.now + (1 if on_terminal else 60)
+            if share:
+                text += f", {left} {(self.now - self.began) * (1 / share - 1):,.0f} s left"
+            # A bar of tqdm leaves the cursor at its end.
+            print(f"\r{text}\x1b[K\r" if on_terminal else text, file=sys.stderr, flush=True,
+                  end="" if on_terminal else "\n")
+
+
 # ---- Checkpoints out ----
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file
@@ -717,7 +745,9 @@ def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, lora
     sizes = {name: torch.empty(t.shape, dtype=dtype, device="meta") for name, t in tensors.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES,
                                               filename_pattern=f"{name}{{suffix}}.safetensors")
-    for file, keys in plan.filename_to_tensors.items():
+    files, progress = plan.filename_to_tensors, Progress()
+    for done, (file, keys) in enumerate(files.items()):
+        progress.show(done / len(files), f"saving: {done} of {len(files)} files")
         shard = {}
         for key in keys:
             t = lora[key].merged() if key in lora else whole(tensors[key])
@@ -769,9 +799,11 @@ def flush(path) -> None:
 
 def checksums(directory) -> dict[str, str]:
     """{path in it: sha256} of every file but checksums.json, which holds them."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != "checksums.json":
+    found, progress = {}, Progress()
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    for done, path in enumerate(paths):
+        progress.show(done / len(paths), f"checksums: {done} of {len(paths)} files")
+        if path.name != "checksums.json":
             digest = hashlib.sha256()
             with open(path, "rb") as f:
                 while block := f.read(2**20):

@@ -17,14 +17,13 @@ import argparse
 import hashlib
 import inspect
 import sys
-import time
 from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from model import Model, attention_kernel, causal, pack, varlen_attn
+from model import Model, Progress, attention_kernel, causal, pack, varlen_attn
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -123,8 +122,7 @@ class Batch:
         self.prefilled = None  # the prompt that was prefilled last
         self.source = 0  # a slot that holds its keys and values
         self.patience = 8 if decoder.on_gpu or stop else 1  # steps between looks: a look costs
-        self.began = time.monotonic()
-        self.report_at = self.began + 5
+        self.progress = Progress()
 
     def decode(self):
         """Steps until a sixteenth of the rows is over (taking rows out is not free either), or
@@ -216,21 +214,16 @@ class Batch:
         self.decoder.start(slots, requests)
 
     def report(self):
-        """Rows finished, tokens/s, time left, for rollouts of over 5 s: on a terminal a line that
-        the next one overwrites, elsewhere one line a minute."""
-        now = time.monotonic()
-        if now < self.report_at:
+        """Rows finished and tokens/s."""
+        progress, d = self.progress, self.decoder
+        if not progress.due():
             return
-        on_terminal = sys.stderr.isatty()
-        self.report_at = now + (1 if on_terminal else 60)
-        d = self.decoder
         finished = [r.result.length for r in self.requests if r.result]
-        going = int(d.made[:self.live].sum())
-        rate = (sum(finished) + going) / (now - self.began)
-        left = (len(self.requests) - len(finished)) * d.max_new_tokens - going
-        print(f"rollout: {len(finished)} of {len(self.requests)} rows, {rate:,.0f} tok/s, "
-              f"at most {left / rate:.0f} s left", file=sys.stderr,
-              end="\x1b[K\r" if on_terminal else "\n", flush=True)
+        made = sum(finished) + int(d.made[:self.live].sum())
+        most = sum(finished) + (len(self.requests) - len(finished)) * d.max_new_tokens
+        rate = made / (progress.now - progress.began)
+        progress.show(made / most, f"rollout: {len(finished)} of {len(self.requests)} rows, "
+                      f"{rate:,.0f} tok/s", "at most")
 
 
 # ---- The device's side: step, graphs, cache ----------------------------------------------------

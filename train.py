@@ -44,8 +44,8 @@ from tqdm import tqdm
 import data
 import losses
 import rewards
-from model import (Model, attention_kernel, checksums, damaged, find_checkpoint, flush, pack,
-                   read_json, read_tensors, replace_directory, write_tensors, write_text)
+from model import (Model, Progress, attention_kernel, checksums, damaged, find_checkpoint, flush,
+                   pack, read_json, read_tensors, replace_directory, write_tensors, write_text)
 from rollout import Rollout, generate
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
@@ -76,7 +76,8 @@ def train(run: "Run") -> None:
         assign_advantages(rollouts, flags)
 
         # Learning: K = --updates gradient steps, each on a mini-batch of its own.
-        meter, norms = Meter(), []
+        tokens = len(passes) * sum(r.length for r in rollouts)
+        meter, norms = Meter(tokens), []
         if flags.old_logp == "trainer":
             recompute_old_logp(run, rollouts, meter)
         won = winning_groups(rollouts) / flags.updates if by_samples(flags) else None
@@ -90,7 +91,7 @@ def train(run: "Run") -> None:
             metrics["eval"] = evaluate(run)
         metrics |= describe(sampled, flags) | meter.means() | gradient_norms(norms)
         metrics["rollout_tps"] = sum(r.length for r in sampled) / rollout_seconds
-        metrics["update_tps"] = len(passes) * sum(r.length for r in rollouts) / update_seconds
+        metrics["update_tps"] = tokens / update_seconds
         metrics["seconds"] = time.time() - began
         run.stopped = any(gather([run.stop.told]))
         run.log.write(metrics)
@@ -524,7 +525,8 @@ class Meter:
     """Means over the tokens of a step, whatever the cut into micro-batches and ranks: sums travel,
     and a root is taken once, in the end."""
 
-    def __init__(self):
+    def __init__(self, total=0):
+        self.total, self.progress = total, Progress()  # tokens of all updates of the step
         self.sums = defaultdict(float)
         self.worst = 0.0  # largest difference of a log-prob between sampler and trainer
 
@@ -533,6 +535,9 @@ class Meter:
         for name, value in zip(metrics, values):
             self.sums[name] += value * tokens
         self.sums["tokens"] += tokens
+        if self.total:
+            done = WORLD * self.sums["tokens"]  # the other ranks are about as far
+            self.progress.show(done / self.total, f"updates: {done:,.0f} of {self.total:,} tokens")
 
     def compare(self, sampler_logp, trainer_logp) -> None:
         """Sampler against trainer before anything is updated: k3 KL, and the worst token."""
@@ -896,12 +901,29 @@ def introduce(run) -> None:
           f"attention {attention_kernel(DEVICE, compute_dtype())}; run directory {run.out}\n"
           f"{flags.data}: {len(run.questions):,} questions, template {flags.template}; a step is "
           f"{flags.prompts} x {flags.samples} responses of up to {flags.max_new_tokens:,} tokens, "
-          f"{flags.updates} updates with {flags.loss}; evaluated on {len(run.held_out)} held-out "
-          f"questions before the first, every {flags.eval_every} and after the last", flush=True)
+          f"{flags.prompts * flags.samples * flags.max_new_tokens:,} at most, and {flags.updates} "
+          f"updates with {flags.loss}; evaluated on {len(run.held_out)} held-out questions before "
+          f"the first, every {flags.eval_every} and after the last\n"
+          f"{memory_plan(run)}", flush=True)
     kind = flags.advantage or losses.OBJECTIVES[flags.loss].advantage
     if flags.samples == 1 and kind not in ("reward", "signed"):
         print("--samples 1: a group of one has no baseline, every advantage is 0; "
               "try --advantage signed")
+
+
+def memory_plan(run) -> str:
+    flags = run.flags
+    of_each = 16 + 4 * (run.reference not in (None, run.model))  # bytes of float32, see below
+    size = 0
+    for p in run.model.parameters():  # frozen ones are whole on every rank
+        size += p.numel() * (of_each / (flags.shards_per_replica or WORLD) if p.requires_grad
+                             else p.element_size())
+    cache = "60 % of what is free" if DEVICE.type == "cuda" else "2 GiB"
+    if flags.kv_tokens:
+        cache = f"{flags.kv_tokens:,} tokens"
+    return (f"memory of a rank: {size / 2**30:.3g} GiB of weights, gradients, Adam's two moments"
+            f"{', an initial model' if of_each > 16 else ''}{' (on the CPU)' * flags.offload}; "
+            f"a KV cache of up to {cache}; {flags.tokens_per_microbatch:,} tokens a forward pass")
 
 
 def open_run(flags) -> Path:

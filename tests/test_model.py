@@ -1161,3 +1161,28 @@ def test_hub_offline_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="offline") as e:
         find_checkpoint("nobody/no-such-model")
     assert "\n" not in str(e.value)
+
+
+# ---- Long work ----
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_progress_speaks_after_five_seconds_and_then_once_a_minute(
+        on_terminal, checkpoint, tmp_path, monkeypatch, capsys):
+    """Of saving and of checksums; here every file takes four seconds."""
+    clock = iter(range(0, 10**6, 4))
+    monkeypatch.setattr(network.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    Model.from_pretrained(checkpoint).save_pretrained(tmp_path / "one")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(network, "SHARD_BYTES", 1000)
+    Model.from_pretrained(checkpoint).save_pretrained(tmp_path / "many")
+    files = len(list((tmp_path / "many").glob("*.safetensors")))
+    said = capsys.readouterr().err
+    assert said.lstrip("\r").startswith(f"saving: 1 of {files} files, about {8 * (files - 1)} s")
+    checksums(tmp_path / "many")
+    said += capsys.readouterr().err
+    assert "checksums: 1 of" in said
+    assert said.count("\n") == (0 if on_terminal else 2 * (1 + (files - 2) // 15))
+    monkeypatch.setenv("RANK", "1")
+    checksums(tmp_path / "many")
+    assert capsys.readouterr().err == ""

@@ -1224,6 +1224,27 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(run, mo
         assert "NaN" not in Path(loss, "metrics.jsonl").read_text()
 
 
+def test_the_first_lines_say_what_comes(run, capsys):
+    run(*TINY, "--steps", 1, "--kl_beta", 0.1, "--out", "r")
+    model, work, memory = capsys.readouterr().out.splitlines()[:3]
+    count = sum(t.numel() for t in weights("r").values())
+    assert f"a new small model: {count:,} parameters on 1 x cpu" in model
+    assert "6 x 8 responses of up to 6 tokens, 288 at most" in work and "before the first" in work
+    said = float(memory.split()[4]) * 2**30
+    assert said == pytest.approx(5 * 4 * count, rel=0.01)  # float32: w, gradient, 2 moments, start
+    assert "KV cache of up to 2 GiB; 4,096 tokens a forward pass" in memory
+
+
+def test_long_updates_show_where_they_are(run, monkeypatch, capsys):
+    """Here every look at the clock takes four seconds."""
+    clock = iter(range(0, 10**6, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    run(*TINY, "--steps", 1, "--tokens_per_microbatch", 60, "--out", "r")
+    said = [s for s in capsys.readouterr().err.splitlines() if s.startswith("updates: ")]
+    tokens = round(metrics("r")[0]["length"] * 48)
+    assert said and all(f" of {tokens} tokens, about " in line for line in said)
+
+
 def test_curves_cost_a_short_run_one_picture(run, monkeypatch):
     drawn = []
     monkeypatch.setattr(train, "draw_curves", lambda *_: drawn.append(_[2][-1]["step"]))
