@@ -570,7 +570,9 @@ def load_hub(name, split, seed):
     hub, adapter, revision, part, count = SOURCES[name][split]
     configs, _, hub_split = part.rpartition("/")
     try:
-        from datasets import concatenate_datasets, load_dataset
+        from datasets import concatenate_datasets, disable_progress_bars, load_dataset
+        if not sys.stderr.isatty():  # a log gets no bars
+            disable_progress_bars()
         tables = [load_dataset(hub, config or None, split=hub_split, revision=revision)
                   for config in configs.split("+")]
     except (ImportError, OSError, ValueError, RuntimeError) as e:  # offline: any of these

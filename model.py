@@ -852,6 +852,10 @@ def find_checkpoint(path_or_hub_id) -> Path:
         raise FileNotFoundError(f"{name}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+    if not sys.stderr.isatty():  # a log gets a line instead of bars
+        disable_progress_bars()
+        print(f"{name}: from the hub or its cache", file=sys.stderr)
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json",
               "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES]
     try:

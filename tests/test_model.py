@@ -1154,13 +1154,17 @@ def test_the_hub_is_asked_for_the_model_alone(monkeypatch, tmp_path):
     assert find_checkpoint("owner/name") == tmp_path
 
 
-def test_hub_offline_is_one_line(monkeypatch, tmp_path):
+def test_hub_offline_is_one_line(monkeypatch, tmp_path, capsys):
+    """And a log gets a line instead of bars."""
     import huggingface_hub.constants
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    enable_progress_bars()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="offline") as e:
         find_checkpoint("nobody/no-such-model")
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and are_progress_bars_disabled()
+    assert capsys.readouterr().err == "nobody/no-such-model: from the hub or its cache\n"
 
 
 # ---- Long work ----
