@@ -2,9 +2,9 @@
 
 A small model that has mostly learned to guess (81 steps on demonstrations, seconds) answers one
 prompt eight times. The responses are scored, the scores become advantages, the advantages weights
-on log-probs, and two gradient steps (of plain SGD, so that the first-order story can be checked by
-hand) change the probability of every token. tests/test_walkthrough.py recomputes each number
-another way; README.md shows the output.
+on log-probs (through the lens that makes the microscope's page), and two gradient steps (of plain
+SGD, so that the first-order story can be checked by hand) change the probability of every token.
+tests/test_walkthrough.py recomputes each number another way; README.md shows the output.
 """
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ import data
 import losses
 import rewards
 import train
+from experiments import microscope
 from model import Model
 from rollout import generate
 
@@ -52,27 +53,19 @@ def walk() -> dict:
     steps = []
     for _ in range(2):
         tokens = train.token_stats(model, rollouts, flags)
-        weights = {name: token_weights(name, tokens, adv) for name in NAMES}
+        view = train.TokenStats(*(t.detach() for t in tokens))
+        weights = {name: microscope.Lens(name, view, rollouts, flags).weights() for name in NAMES}
         loss, metrics = losses.policy_loss("grpo", tokens.logp, tokens.old_logp, adv, tokens.mask)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        steps.append({"mask": tokens.mask, "old_logp": tokens.old_logp, "loss": loss.item(),
-                      "logp": tokens.logp.detach(), "weights": weights, "metrics": metrics})
+        steps.append(view._asdict() | {"loss": loss.item(), "weights": weights, "metrics": metrics})
     with torch.no_grad():
         after = train.token_stats(model, rollouts, flags).logp
     written = [[tokenizer.decode([t]) for t in response] for response in responses]
     return {"answer": answer, "texts": texts, "tokens": written, "adv": adv, "steps": steps,
-            "reward": train.per_rollout(rollouts, "score"), "after": after}
-
-
-def token_weights(name, tokens, adv):
-    """w of grad loss = -mean_i mean_t (w grad log pi), by autograd: (8,T)."""
-    logp = tokens.logp.detach().requires_grad_()
-    loss, _ = losses.policy_loss(name, logp, tokens.old_logp, adv, tokens.mask,
-                                 agg="seq-mean-token-mean")
-    (grad,) = torch.autograd.grad(loss, logp)
-    return -grad * len(logp) * tokens.mask.sum(1, keepdim=True)  # undo the two means
+            "reward": train.per_rollout(rollouts, "score"), "after": after, "rollouts": rollouts,
+            "flags": flags}
 
 
 def report(w) -> str:

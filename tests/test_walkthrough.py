@@ -1,11 +1,13 @@
 """experiments/walkthrough.py, number by number, another way; and the page that shows it."""
+import base64
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import walkthrough
+import train
+from experiments import microscope, walkthrough
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,18 @@ def test_second_update_by_the_formulas(walk):
     loss = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
     mean = ((loss * m).sum(1) / m.sum(1)).mean()
     assert step["loss"] == pytest.approx(mean.item(), abs=1e-5)
+
+
+def test_the_microscope_would_show_these_weights(walk):
+    """The page holds them in half precision, one after the other."""
+    for name in walkthrough.NAMES:
+        views = [train.TokenStats(*(step[f] for f in train.TokenStats._fields))
+                 for step in walk["steps"]]
+        page = microscope.through(name, views, walk["rollouts"], walk["flags"])
+        assert page["advantage"] == pytest.approx(walk["adv"].tolist(), abs=1e-4)
+        for step, shown in zip(walk["steps"], page["views"]):
+            held = torch.frombuffer(bytearray(base64.b64decode(shown["w"])), dtype=torch.float16)
+            assert torch.equal(held, step["weights"][name][step["mask"]].half())
 
 
 def test_the_updates_moved_probabilities_towards_the_winners(walk):
