@@ -7,9 +7,9 @@ number. This file needs torch and nothing else of ours: copy it.
 
 The field argues over one line: what to do with the importance ratio, pi / pi_old, of a token. An
 objective takes a Batch `b` and returns a loss per token, (B,T), as its paper writes it; autograd
-does the rest. Each is a weight w on the policy gradient, grad loss = -mean(w grad log pi). Without
-a clip, w = ratio A; the objectives differ in w and in nothing else. Read downwards: every family
-changes one thing. (sg[..]: a number without gradient. docs/objectives.md: official code.)
+does the rest. Each is a weight w on the policy gradient, grad loss = -mean(w grad log pi), and they
+differ in w alone; without a clip, w = ratio A. Every family, from the top, changes one thing.
+(sg[..]: a number without gradient. docs/objectives.md: official code.)
 """
 import difflib
 import inspect
@@ -19,30 +19,26 @@ import torch
 OBJECTIVES = {}  # name -> function, in reading order
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
                 "seq-mean-token-sum-norm", "winning-groups")
-ADVANTAGES = ("grpo", "mean", "rloo", "maxrl", "gpg", "reinforce_pp", "reward", "signed")
-
-def objective(agg, advantage="grpo", passes=({},), statistics=None,  # {}: one pass, nothing added
-              minibatch="groups"):
-    """Register a function under its own name, with what its published run needs: aggregation and
-    advantage; `passes`, the hyper-parameters added in each pass over a rollout; `statistics`, a
-    function(logp, old_logp, mask, **hyper) to sums over the whole mini-batch, all ranks; whether a
-    mini-batch holds whole "groups", or some "samples" of every group."""
+ADVANTAGES = "grpo mean rloo maxrl gpg opo passk batch reinforce_pp reward signed".split()
+def objective(agg, advantage="grpo", passes=({},), statistics=None, minibatch="groups"):
+    """Register a function with what its published run needs. passes: hyper-parameters added in each
+    pass over a rollout ({}: none); statistics(logp, old_logp, mask, **hyper): sums over the mini-
+    batch, all ranks; minibatch: of whole "groups", or of some "samples" of every group."""
     def register(f):
         OBJECTIVES[f.__name__] = f
         vars(f).update(agg=agg, advantage=advantage, passes=passes, statistics=statistics,
                        minibatch=minibatch)
         return f
     return register
-
 def advantages(reward, group_size, kind="grpo", length=None):
     """Rewards (B,), group after group of `group_size` samples of one prompt, to advantages (B,).
-    length (B,): the tokens of each response, for reinforce_pp alone."""
+    length (B,): the tokens of each response, for opo and reinforce_pp."""
     check("advantage", kind, ADVANTAGES)
     R = reward.view(-1, group_size)  # (groups, group_size)
     mean = R.mean(1, keepdim=True)
-    # Equal rewards carry no signal: exactly 0, or the divisions below would blow up the rounding.
-    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
+    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)  # no signal: 0, not rounding / 1e-6
     A = (R - mean).masked_fill(flat, 0)  # "mean", Dr. GRPO (2503.20783), is ready
+    n = torch.ones_like(R) if length is None else length.view_as(R).to(R)
     if kind == "grpo":  # 2402.03300
         A = A / (R.std(1, keepdim=True, correction=min(1, group_size - 1)) + 1e-6)
     elif kind == "rloo":  # 2402.14740: the mean of the OTHER samples is the baseline
@@ -51,8 +47,15 @@ def advantages(reward, group_size, kind="grpo", length=None):
         A = A / (mean + 1e-6)
     elif kind == "gpg":  # 2504.02546: make up for the groups without signal
         A = A * len(R) / (~flat).sum().clamp(min=1)
+    elif kind == "opo":  # 2505.23585: long responses weigh more in the baseline, as in the gradient
+        baseline = (n * R).sum(1, keepdim=True) / n.sum(1, keepdim=True)
+        A = (R - baseline).masked_fill(flat, 0)
+    elif kind == "passk":  # 2503.19595: the best response alone, by what it adds to the second best
+        second = R.topk(min(2, group_size), 1).values[:, -1:]
+        A = (R - second).clamp(min=0)
+    elif kind == "batch":  # 2508.08221: over the std of all rewards, not of the group's
+        A = A / (R.std(correction=min(1, len(reward) - 1)) + 1e-6)
     elif kind == "reinforce_pp":  # 2501.03262: whitened over all tokens: long responses weigh more
-        n = torch.ones_like(R) if length is None else length.view_as(R).to(R)
         A = A - (n * A).sum() / n.sum()
         variance = (n * A**2).sum() / (n.sum() - 1).clamp(min=1)
         A = (A / (variance + 1e-8).sqrt()).masked_fill(flat, 0)
@@ -62,16 +65,16 @@ def advantages(reward, group_size, kind="grpo", length=None):
 
 def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_p2=None,
                 pass_rate=None, group_size=None, max_len=None, totals=None, ref_logp=None,
-                kl_beta=0.0, **hyper):
+                kl_beta=0.0, sampler_logp=None, correction=None, correction_args={}, **hyper):
     """Objective `name` on B responses of up to T tokens: (scalar loss, dict of detached metrics).
     logp (B,T) with gradient, old_logp (B,T): log pi of each token, now and when it was sampled
     adv (B,), (B,1) or (B,T);  pass_rate (B,): share of right answers in the row's group
     mask (B,T): 1 where a token counts; entropy, sum_p2 (B,T): of p over the vocabulary, now
     agg: one of AGGREGATIONS; group_size, max_len: constants in the means of wapo, dr_grpo; or B, T
-    totals: "tokens", "sequences", "winning_groups", "statistics" of the whole mini-batch that
-        these rows are a part of, so that the losses of micro-batches and ranks add up; a
-        mini-batch of samples of every group has its share of the winning groups, a fraction
+    totals: "tokens", "sequences", "winning_groups" (its share, if of samples), "statistics" of the
+        whole mini-batch of which these are some rows, so that micro-batches and ranks add up
     ref_logp (B,T), kl_beta: a penalty on the KL to a reference
+    sampler_logp (B,T), if old_logp is not its; correction, one of CORRECTIONS: a weight for that
     A NaN at a token that counts makes the loss NaN. Misuse raises ValueError."""
     check("loss", name, OBJECTIVES)
     f = OBJECTIVES[name]
@@ -80,15 +83,21 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     if hyper.get("dual_clip") is not None and hyper["dual_clip"] <= 0:
         raise ValueError(f"dual_clip {hyper['dual_clip']} is not above 0; None switches it off")
     agg, totals = agg or f.agg, dict(totals or {})
-    b = Batch(logp, old_logp, adv, mask, entropy, sum_p2, pass_rate)
+    b = Batch(logp, old_logp, adv, mask, pass_rate, entropy=entropy, sum_p2=sum_p2,
+              sampler_logp=sampler_logp)
     b.statistics = totals.get("statistics")
     if f.statistics is not None and b.statistics is None:
         b.statistics = f.statistics(b.logp, b.old_logp, b.mask, **hyper)  # of these rows alone
     if agg == "winning-groups" and "winning_groups" not in totals:
         won = (b.seq_sum(b.A) > 0).view(-1, group_size or len(mask))
         totals["winning_groups"] = won.any(1).sum()
-
     loss = f(b, **hyper)  # (B,T)
+    if correction is not None:
+        check("correction", correction, CORRECTIONS)
+        log_rho = b.old_logp - b.need("sampler_logp")
+        weight = CORRECTIONS[correction](b, log_rho, **correction_args).detach()  # (B,T) or (B,1)
+        b.metrics["masked"] = b.mean(weight == 0)
+        loss = loss * torch.where(log_rho.isnan(), log_rho, weight)
     if ref_logp is not None:  # Schulman's k3, an estimate of KL(pi || reference), never negative
         log_ratio = (b.clean("ref_logp", ref_logp.detach()) - b.logp).clamp(-20, 20)
         loss = loss + kl_beta * (log_ratio.exp() - 1 - log_ratio)
@@ -99,7 +108,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
 class Batch:
     """What an objective sees: (B,T) tensors, 0 outside the mask. Only logp, log_ratio and ratio
     have gradient. An objective may change A and `chosen`, and add to `metrics`."""
-    def __init__(self, logp, old_logp, adv, mask, entropy, sum_p2, pass_rate):
+    def __init__(self, logp, old_logp, adv, mask, pass_rate, **optional):
         self.keep = mask.bool()
         self.mask = self.keep.to(torch.promote_types(logp.dtype, torch.float32))
         self.chosen = self.mask  # the tokens that the loss is a mean of: a part of the mask
@@ -111,8 +120,8 @@ class Batch:
         self.p, self.p_old = self.logp.detach().exp(), self.old_logp.exp()  # no gradient
         self.A = self.clean("adv", adv.detach(), per_row=True)
         self.pass_rate = self.clean("pass_rate", pass_rate, per_row=True)
-        self.entropy = self.clean("entropy", entropy)
-        self.sum_p2 = self.clean("sum_p2", sum_p2)
+        for name, t in optional.items():  # entropy, sum_p2, sampler_logp: (B,T) or None
+            setattr(self, name, self.clean(name, t))
         self.metrics = general_metrics(self)
     def clean(self, name, t, per_row=False):
         if per_row and t is not None and t.numel() == len(self.keep):  # (B,) or (B,1)
@@ -135,7 +144,6 @@ class Batch:
         if getattr(self, name) is None:
             raise ValueError(f"this loss needs {name}=; policy_loss says what that is")
         return getattr(self, name)
-
 def outside(b, low, high, dual_clip=None, ratio=None):
     """Where PPO stops: losers below the band or beyond the dual clip, winners above; counted."""
     ratio = b.ratio if ratio is None else ratio  # (B,T)
@@ -143,7 +151,6 @@ def outside(b, low, high, dual_clip=None, ratio=None):
     losers, winners = (b.A < 0) & stop, (b.A > 0) & (ratio > high)
     b.metrics.update(clip_low=b.mean(losers * b.chosen), clip_high=b.mean(winners * b.chosen))
     return losers, winners
-
 def clip(b, low, high, dual_clip=None, ratio=None):
     """PPO (1707.06347): -min(ratio A, clamp(ratio, low, high) A). Outside the band the ratio stops
     paying, in the direction in which A pushes it. low and high: both numbers or both tensors.
@@ -152,31 +159,28 @@ def clip(b, low, high, dual_clip=None, ratio=None):
     outside(b, low, high, dual_clip, ratio)
     loss = -torch.minimum(ratio * b.A, ratio.clamp(low, high) * b.A)
     return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())  # > 0
-
 # ---- 1. A fixed band around ratio 1 --------------------------------------------------------------
 @objective("seq-mean-token-mean")
-def grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
+def grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None, delta=math.inf):
     """GRPO (2402.03300): PPO's clip, the group as baseline; every response counts the same."""
-    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip, b.ratio.clamp(max=delta))  # 2505.07291
 @objective("seq-mean-token-sum-norm", advantage="mean")
 def dr_grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
     """Dr. GRPO (2503.20783): GRPO not divided by the group's std, nor by the response's length."""
     return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
 @objective("token-mean")
-def dapo(b, eps_low=0.2, eps_high=0.28, dual_clip=10.0):
+def dapo(b, eps_low=0.2, eps_high=0.28, dual_clip=10.0, delta=math.inf):
     """DAPO (2503.14476): clip higher, room for unlikely tokens to grow; all tokens count alike."""
-    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip, b.ratio.clamp(max=delta))
 @objective("seq-mean-token-mean")
 def kl3(b, delta=0.1, dual_clip=None):
     """KL3 / ATR-GRPO (2602.05494): the band where ratio - 1 - log ratio, a KL, is below delta."""
     return clip(b, *kl3_bounds(delta), dual_clip)
-def kl3_bounds(delta):
-    """Both roots of ratio - 1 - log ratio = delta, by Newton's method in log ratio."""
-    low, high = -1 - delta, 1 + math.sqrt(2 * delta)  # further out than the roots
+def kl3_bounds(delta):  # both roots of ratio - 1 - log ratio = delta, by Newton in log ratio
+    roots = [-1 - delta, 1 + math.sqrt(2 * delta)]  # further out than the roots
     for _ in range(60):
-        low -= (math.expm1(low) - low - delta) / math.expm1(low)
-        high -= (math.expm1(high) - high - delta) / math.expm1(high)
-    return math.exp(low), math.exp(high)
+        roots = [x - (math.expm1(x) - x - delta) / math.expm1(x) for x in roots]
+    return [math.exp(x) for x in roots]
 @objective("token-mean", advantage="signed")
 def psr_nsr(b, psr=0.1, nsr=1.0, eps_low=0.2, eps_high=0.2):
     """W-REINFORCE (2506.01347): winners times psr, losers times nsr; 0: not in the mean."""
@@ -188,14 +192,12 @@ def wapo(b, eps=9.0):
     """WAPO (2606.16154): winners only, clipped above only. -min(ratio, 1 + eps) A"""
     b.A = b.A * (b.seq_mean(b.A) > 0)  # whole responses win or do not
     return clip(b, 0.0, 1 + eps)  # no ratio is below 0
-
 # ---- 2. A band that adapts: to the probability, to the group, to the batch -----------------------
 def bin_of(p, bins):  # which of equal bins, the last one closed; NaN must not become an index
     return (p * bins).nan_to_num(0).clamp(0, bins - 1).long()
 @torch.no_grad()
 def ratio_moments(logp, old_logp, mask, bins=5, **_):
-    """(3, bins), by bins of exp(logp): the number of tokens, sums of ratio - 1 and of its square.
-    Micro-batches and ranks add up; centred at 1, so that the variance keeps its digits."""
+    """(3, bins), by bins of exp(logp): tokens, sums of ratio - 1 (has more digits), its square."""
     log_ratio = torch.where(mask.bool(), logp.double() - old_logp.double(), 0)
     excess = log_ratio.clamp(-20, 20).expm1()
     values = torch.stack([mask.double(), excess, excess**2]).flatten(1)  # (3, B T)
@@ -225,9 +227,7 @@ def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
     return clip(b, low, high.clamp(max=max(dual_clip or 0, 10.0)), dual_clip)
 @objective("token-mean")
 def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
-    """BAPO (2510.18927): raise first the lower, then the upper bound of the batch's band until the
-    sum of min(ratio, high) A over winners is >= target sum of max(ratio, low) |A| over losers."""
-    # A higher lower bound only adds to the losers, so the walk never ends on that stretch.
+    """BAPO (2510.18927): raise a band's lower, then upper bound until winners outweigh losers."""
     steps = round((high[1] - high[0]) / step)
     walk = [(low[0], high[0])] + [(low[1], high[0] + step * i) for i in range(steps + 1)]
     ratio, winners, losers = b.ratio.detach(), b.A.clamp(min=0), -b.A.clamp(max=0)
@@ -239,9 +239,8 @@ def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.
     return clip(b, lower, upper, dual_clip)
 @objective("token-mean")
 def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
-    """M2PO (2510.01161): the batch's band is e^-t .. e^t, t the largest with mean min(|log ratio|,
-    t)^2 <= budget over the tokens that A pushes outward; at least 1 - eps_low .. 1 + eps_high."""
-    outward = b.mask * (b.A * b.log_ratio > 0)
+    """M2PO (2510.01161): the widest band e^-t .. e^t with mean min(|log ratio|, t)^2 <= budget."""
+    outward = b.mask * (b.A * b.log_ratio > 0)  # the mean is over these
     square = b.log_ratio.detach().clamp(-20, 20) ** 2 * outward  # (B,T)
     t, end = b.mask.new_tensor([0.0, 20.0])  # no |log ratio| is larger: at 20 nothing is clipped
     for _ in range(50):  # halve the interval that holds t
@@ -252,13 +251,16 @@ def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
     high = t.exp().clamp(min=1 + eps_high)
     b.metrics.update(band_low=low, band_high=high)
     return clip(b, low, high)
-
 # ---- 3. The ratio of the whole response, or of its prefix, instead of the token's ----------------
 @objective("seq-mean-token-mean")
 def gspo(b, eps_low=3e-4, eps_high=4e-4):
     """GSPO (2507.18071): clip whole responses, by s = exp(mean log ratio); here in token form."""
     s = b.seq_mean(b.log_ratio).clamp(max=10).exp()  # (B,1)
     return clip(b, 1 - eps_low, 1 + eps_high, ratio=b.as_ratio(s))
+@objective("seq-mean-token-sum")
+def luspo(b, eps_low=0.2, eps_high=0.2):
+    """LUSPO (2602.05261): GSPO times the length, or long responses would learn less per token."""
+    return gspo(b, eps_low, eps_high)
 @objective("seq-mean-token-mean")
 def gmpo(b, eps_low=0.4, eps_high=0.4):
     """GMPO (2507.20673): PPO's clip in log space, then the geometric mean of the response."""
@@ -285,7 +287,6 @@ def topr(b):
     """TOPR (2503.14286): winners as plain REINFORCE, losers times min(product of ratios, 1)."""
     w = b.seq_sum(b.log_ratio.detach()).clamp(max=0).exp()  # (B,1), never above 1
     return -torch.where(b.A > 0, 1, w) * b.A * b.logp
-
 # ---- 4. Another weight: capped, bent or smooth, and by another measure than the ratio ------------
 @objective("token-mean")
 def cispo(b, eps_low=1.0, eps_high=0.3):
@@ -296,8 +297,7 @@ def cispo(b, eps_low=1.0, eps_high=0.3):
 def cispo_masked(b, is_low=1.0, is_high=0.45, eps_low=0.2, eps_high=0.3):
     """CISPO with its eq. 7, as ACPO's baseline: what PPO stops is dropped, the rest capped."""
     losers, winners = outside(b, 1 - eps_low, 1 + eps_high)
-    w = b.ratio.detach().clamp(1 - is_low, 1 + is_high) * ~(losers | winners)
-    return -w * b.A * b.logp
+    return -b.ratio.detach().clamp(1 - is_low, 1 + is_high) * ~(losers | winners) * b.A * b.logp
 @objective("token-mean")
 def gppo(b, eps_low=0.2, eps_high=0.28, dual_clip=10.0):
     """GPPO (2508.07629): DAPO's value, but a clipped token keeps the gradient of its bound."""
@@ -347,19 +347,28 @@ def dppo(b, moved, delta_low, delta_high, cap):
     winners = (b.A > 0) & (b.p > b.p_old) & (moved > delta_high)
     b.metrics.update(clip_low=b.mean(losers), clip_high=b.mean(winners))
     return -b.ratio.detach().clamp(max=cap) * ~(losers | winners) * b.A * b.logp
+@objective("token-mean")
+def ipo(b, eps=0.1, k=1e-3):
+    """IPO (prime-rl): -ratio A, 0 where |p - p_old| > eps either way; k (log ratio)^2 anywhere."""
+    far, loser = (b.p - b.p_old).abs() > eps, b.A < 0
+    b.metrics.update(clip_low=b.mean(far & loser), clip_high=b.mean(far & ~loser))
+    return -b.ratio * ~far * b.A + k * b.log_ratio**2
 @objective("seq-mean-token-mean")
 def sapo(b, tau_pos=1.0, tau_neg=1.05):
     """SAPO (2511.20347): -4/tau sigmoid(tau (ratio - 1)) A, whose w falls off smoothly."""
     tau = b.by_sign(tau_pos, tau_neg)
     return -4 / tau * torch.sigmoid(tau * (b.ratio - 1)) * b.A
 @objective("token-mean")
+def cfpo(b, eps=0.2):
+    """CFPO (2601.22801): a spring, not a clip. -ratio A + |A| (ratio - 1)^2 / (2 eps)"""
+    spring = (b.ratio - 1) ** 2 / (2 * eps)
+    return -b.ratio * b.A + b.A.abs() * spring
+@objective("token-mean")
 def dro(b, beta=0.1):
     """DRO (2501.12599): REINFORCE on a leash. -A log pi + beta/2 (log ratio)^2"""
     return -b.A * b.logp + beta / 2 * b.log_ratio**2
-
-# ---- 5. Which tokens may learn -------------------------------------------------------------------
-def top(score, mask, share):
-    """True at each row's largest scores: the `share` of its tokens, at least one."""
+# ---- 5. Which tokens may learn, and how much -----------------------------------------------------
+def top(score, mask, share):  # True at each row's largest scores: that share, at least one token
     n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)  # (rows, 1)
     rank = score.masked_fill(mask == 0, -math.inf).argsort(-1, descending=True).argsort(-1)
     return (rank < n) & (mask > 0)
@@ -383,6 +392,15 @@ def ar_lopti(b, alpha=0.3, eta=0.5, part=None, eps_low=0.2, eps_high=0.24, dual_
         check("part", part, ("low", "high"))
         b.A = b.A * ((b.p_old < eta) == (part == "low"))
     return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
+@objective("token-mean")
+def fipo(b, eps_low=0.2, eps_high=0.28, half_life=32.0, most=1.2, safe=4.0):
+    """FIPO (2603.19835): DAPO, a token weighted by how the rest of its response has moved."""
+    future, n = b.log_ratio.detach(), 1  # of each token: its log ratio + those of the next n - 1,
+    while n < future.shape[1]:  # each halved every half_life tokens; n doubles
+        later = torch.nn.functional.pad(future[:, n:], (0, n))
+        future, n = future + 2 ** (-n / half_life) * later, 2 * n
+    w = future.exp().clamp(1, most)
+    return dapo(b, eps_low, eps_high) * w.masked_fill((b.A < 0) & (b.ratio > safe), 1)
 def covariance(b):  # how fast raising the token lowers the entropy
     return (b.A - b.mean(b.A)) * (b.logp - b.mean(b.logp)).detach()
 @objective("token-mean")
@@ -399,8 +417,16 @@ def clip_cov(b, k=2e-4, cov_low=1.0, cov_high=5.0, eps_low=0.2, eps_high=0.2, se
 def kl_cov(b, k=0.002, beta=1.0):
     """KL-Cov (2505.22617): no clip; the share k with the highest covariance pays |log ratio|."""
     return -b.ratio * b.A + beta * b.log_ratio.abs() * top_of_batch(b, covariance(b), k)
-
-# ---- 6. No ratio ---------------------------------------------------------------------------------
+# ---- 6. No clip, or no ratio ---------------------------------------------------------------------
+@objective("token-mean")
+def reinforce(b):
+    """REINFORCE with an importance weight, as of tinker and SkyRL; no clip. -ratio A"""
+    return -b.ratio * b.A
+@objective("token-mean")
+def up_grpo(b, eps_low=0.2, dual_clip=3.0):
+    """UP-GRPO (2607.06987): winners as in REINFORCE, without ratio or bound; losers as in PPO."""
+    ratio = torch.where(b.A > 0, b.as_ratio(b.mask), b.ratio)
+    return clip(b, 1 - eps_low, math.inf, dual_clip, ratio)
 @objective("token-mean", advantage="gpg")
 def gpg(b):
     """GPG (2504.02546): plain policy gradient, A made up for groups without signal. -A log pi"""
@@ -413,11 +439,25 @@ def rloo(b):
 def raft(b):
     """RAFT (2504.11343): maximum likelihood of the winners. -max(A, 0) log pi"""
     return -b.A.clamp(min=0) * b.logp
-
+# ---- The sampler is not the trainer: a weight for any loss, from rho = pi_old / pi_sampler -------
+# What has weight 0 still counts in the mean, as in the papers and TRL; where verl rejects, not.
+def tis(b, log_rho, high=2.0):  # truncated importance sampling, verl's bound
+    return log_rho.exp().clamp(max=high)
+def icepop(b, log_rho, low=0.5, high=5.0):  # IcePop (2510.18855): dropped outside a band
+    rho = log_rho.exp()
+    return rho.masked_fill((rho < low) | (rho > high), 0)
+def seq_tis(b, log_rho, high=2.0):  # both for whole responses, by the product of rho: verl,
+    return tis(b, b.seq_sum(log_rho), high)
+def seq_mis(b, log_rho, low=0.0, high=3.0):  # and what TRL does by default
+    return icepop(b, b.seq_sum(log_rho), low, high)
+def geo_mis(b, log_rho, low=0.99, high=1.01):  # a mask by the geometric mean, SkyRL's
+    return icepop(b, b.seq_mean(log_rho), low, high) > 0
+def opsm(b, log_rho, delta=1e-4):  # OPSM (2512.02556) drops losers that pi has left; slime
+    return (b.A >= 0) | (b.seq_mean(log_rho + b.log_ratio) >= -delta)
+CORRECTIONS = {f.__name__: f for f in (tis, icepop, seq_tis, seq_mis, geo_mis, opsm)}
 # ---- From token losses to one number, and metrics ------------------------------------------------
 def aggregate(loss, mask, agg, totals, max_len=None, group_size=None):
-    """(B,T) to a scalar. `totals` counts the whole mini-batch, so that the losses of micro-batches
-    and ranks simply add up; what it lacks is counted here. Empty responses do not count."""
+    """(B,T) to a scalar; `totals`: see policy_loss. Empty responses do not count."""
     check("agg", agg, AGGREGATIONS)
     tokens = mask.sum(1)  # (B,)
     max_len = max_len or mask.shape[1]
@@ -432,22 +472,18 @@ def aggregate(loss, mask, agg, totals, max_len=None, group_size=None):
     elif agg == "winning-groups":  # WAPO
         scale = (totals["winning_groups"] or 1) * max_len * (group_size or len(mask))
     return loss.sum() / torch.as_tensor(scale).clamp(min=1)
-
 @torch.no_grad()
 def general_metrics(b):
-    """Means over the response tokens, which micro-batches can merge, weighted by their tokens. A
-    root cannot be merged: take sqrt(ratio_sq - (ratio_mean - 1)^2) of the merged, not ratio_std."""
+    """Means over tokens, which parts can merge; ratio_std merges by way of ratio_sq."""
     mean, zero = b.mean(b.ratio), b.mask.new_zeros(())
     metrics = {"clip_low": zero, "clip_high": zero, "ratio_mean": mean,
-               "ratio_sq": b.mean((b.ratio - 1) ** 2),
-               "ratio_std": b.mean((b.ratio - mean) ** 2).sqrt(),
-               "approx_kl": b.mean(b.ratio - 1 - b.log_ratio.clamp(-20, 20))}
+               "approx_kl": b.mean(b.ratio - 1 - b.log_ratio.clamp(-20, 20)),
+               "ratio_sq": b.mean((b.ratio - 1)**2), "ratio_std": b.mean((b.ratio - mean)**2)**0.5}
     if b.sum_p2 is not None:  # WAPO's cells: likelier than two draws agree? did it win?
         peak, won = b.p >= b.sum_p2, b.A >= 0
         metrics |= {"pos_peak": b.mean(won & peak), "pos_valley": b.mean(won & ~peak),
                     "neg_peak": b.mean(~won & peak), "neg_valley": b.mean(~won & ~peak)}
     return metrics
-
 def check(what, name, known):  # a misspelt name is answered with those that resemble it
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3, 0.4) or known

@@ -26,6 +26,8 @@ from losses import OBJECTIVES  # noqa: E402
 VERL_NAMES = {"dapo": "vanilla", "gmpo": "geo_mean"}  # where theirs is not ours
 VERL_BANDS = {"dapo": (.2, .28), "gspo": (3e-4, 4e-4), "gmpo": (.4, .4), "cispo": (1.0, .3),
               "dppo_tv": (.15, .15), "dppo_kl": (.05, .05)}
+VERL_CORRECTIONS = {"tis": ("token", 2.0), "icepop": ("token", "0.5_5.0"),
+                    "seq_tis": ("sequence", 2.0)}
 
 
 def verl_loss(name, logp, arguments):
@@ -43,8 +45,14 @@ def verl_loss(name, logp, arguments):
             kl_cov_ratio=arguments.get("k", .002), ppo_kl_coef=1.0, dro_beta=.1))
     adv = tests.ADV[:, None] * tests.MASK
     agg = arguments.get("agg", OBJECTIVES[name].agg)
+    weights = None
+    if "correction" in arguments:
+        helper = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
+        level, threshold = VERL_CORRECTIONS[arguments["correction"]]
+        weights, _ = helper.compute_rollout_correction_weights(
+            tests.P_OLD.log() - tests.SAMPLER_LOGP, tests.MASK, level, threshold)
     theirs = algos.get_policy_loss_fn(VERL_NAMES.get(name, name))
-    return theirs(tests.P_OLD.log(), logp, adv, tests.MASK, agg, config)[0]
+    return theirs(tests.P_OLD.log(), logp, adv, tests.MASK, agg, config, weights)[0]
 
 
 def trl_loss(name, logp, arguments):
@@ -53,22 +61,25 @@ def trl_loss(name, logp, arguments):
     accelerator = SimpleNamespace(
         num_processes=1, gather=torch.clone, reduce=lambda t, reduction: t)
     args = SimpleNamespace(
-        delta=None, steps_per_generation=1, use_bias_correction_kl=False,
+        delta=arguments.get("delta"), steps_per_generation=1, use_bias_correction_kl=False,
         sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
         vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0)
     self = SimpleNamespace(
         loss_type=name, args=args, accelerator=accelerator, beta=0.0,
         _metrics={"train": defaultdict(list)}, model=SimpleNamespace(training=True),
         epsilon_low=.2, epsilon_high=.2,
-        importance_sampling_level="token", top_entropy_quantile=1.0, aux_loss_enabled=False,
-        off_policy_mask_threshold=None, use_vllm=False, current_gradient_accumulation_steps=1,
+        importance_sampling_level="sequence" if name == "luspo" else "token",
+        top_entropy_quantile=1.0, aux_loss_enabled=False,
+        off_policy_mask_threshold=arguments.get("correction_args", {}).get("delta"), use_vllm=False, current_gradient_accumulation_steps=1,
         max_completion_length=arguments.get("max_len"), _entropy_bonus_enabled=False,
         get_gamma_weights=trainer.get_gamma_weights,
+        get_off_policy_mask=trainer.get_off_policy_mask,
         _get_per_token_logps_and_entropies=lambda *a, **kw: (logp, tests.ENTROPY, None))
     none = torch.zeros(4, 0)
     inputs = dict(
         prompt_ids=none, prompt_mask=none, completion_ids=tests.MASK, completion_mask=tests.MASK,
         advantages=tests.ADV, old_per_token_logps=tests.P_OLD.log(),
+        sampling_per_token_logps=tests.SAMPLER_LOGP,
         num_items_in_batch=tests.MASK.sum())
     return trainer._compute_loss(self, None, inputs)
 

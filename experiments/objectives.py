@@ -22,18 +22,19 @@ COLUMNS = 6
 FAMILIES = {  # the sections of losses.py
     "A fixed band around ratio 1": ["grpo", "dr_grpo", "dapo", "kl3", "psr_nsr", "wapo"],
     "A band that adapts": ["acpo", "etr", "dcpo", "bapo", "m2po"],
-    "The ratio of the response or of its prefix": ["gspo", "gmpo", "ctpo", "vespo", "topr"],
+    "The ratio of the response or of its prefix": ["gspo", "luspo", "gmpo", "ctpo", "vespo", "topr"],
     "Another weight": ["cispo", "cispo_masked", "gppo", "ce_gppo", "dgpo", "aspo", "dppo_tv",
-                       "dppo_kl", "sapo", "dro"],
-    "Which tokens may learn": ["entropy_top", "entropy_bottom", "ar_lopti", "clip_cov", "kl_cov"],
-    "No ratio": ["gpg", "rloo", "raft"],
+                       "dppo_kl", "ipo", "sapo", "cfpo", "dro"],
+    "Which tokens may learn, and how much": ["entropy_top", "entropy_bottom", "ar_lopti", "fipo",
+                                             "clip_cov", "kl_cov"],
+    "No clip, or no ratio": ["reinforce", "up_grpo", "gpg", "rloo", "raft"],
 }
 
 # Objectives that look at more than the ratio: a line, from light to dark, for each value of that.
 BY_PROBABILITY = {f"old p {p_old}": dict(p_old=p_old) for p_old in (0.1, 0.5, 0.9)}
 LINES = {
     "acpo": BY_PROBABILITY, "dcpo": BY_PROBABILITY, "ar_lopti": BY_PROBABILITY,
-    "dppo_tv": BY_PROBABILITY, "dppo_kl": BY_PROBABILITY,
+    "dppo_tv": BY_PROBABILITY, "dppo_kl": BY_PROBABILITY, "ipo": BY_PROBABILITY,
     "etr": {"1 of 8 right": dict(pass_rate=1 / 8), "4 of 8 right": dict(pass_rate=1 / 2)},
     "bapo": {"7 of 10 win": dict(winners=0.7), "3 of 10 win": dict(winners=0.3)},
     "m2po": {"noisy: std log r 0.5": dict(std=0.5), "calm: std log r 0.1": dict(std=0.1)},
@@ -42,9 +43,10 @@ LINES = {
                  "others": dict(cov_low=1e9)},
     "kl_cov": {"others": dict(beta=0.0), "high covariance": dict(k=1.0)},
 }
-NOTES = {"acpo": "std .3(1-p)", "ctpo": "its first token", "psr_nsr": "A > 0 weighs 0.1",
+NOTES = {"acpo": "std .3(1-p)", "ctpo": "its first token", "fipo": "its last token",
+         "psr_nsr": "A > 0 weighs 0.1",
          "entropy_top": "top fifth; others 0", "entropy_bottom": "lowest 80%; others 0"}
-for name in ("gspo", "gmpo", "vespo", "topr"):
+for name in ("gspo", "luspo", "gmpo", "vespo", "topr"):
     NOTES[name] = "r of the response"
 
 
@@ -92,8 +94,9 @@ def jumps(name, ratio, w, A):
     found = []
     for i in (w.diff().abs() > 0.15).nonzero().flatten().tolist():
         fine = torch.linspace(ratio[i].item(), ratio[i + 1].item(), 2001, dtype=torch.float64)
-        steps = weight(name, fine, A).diff().abs()
-        if steps.max() > 0.1:  # a steep line has no jump when looked at closely
+        values = weight(name, fine, A)
+        steps = values.diff().abs()
+        if steps.max() > 0.2 * values.max():  # a steep line has no jump when looked at closely
             found.append(fine[steps.argmax()].item())
     return found
 

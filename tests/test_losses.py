@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import losses  # noqa: E402
-from losses import ADVANTAGES, AGGREGATIONS, OBJECTIVES, advantages, policy_loss  # noqa: E402
+from losses import (ADVANTAGES, AGGREGATIONS, CORRECTIONS, OBJECTIVES, advantages,  # noqa: E402
+                    policy_loss)
 
 torch.set_num_threads(1)
 INF = math.inf
@@ -42,6 +43,9 @@ RATIO = f64([[1, 1.35, .70, 1.10, .95, 6], [1.05, .60, 1.01, 1.50, 3.5, .90],
              [1, 1.25, .75, 2, 1.02, .98], [.50, 1.10, .92, 4, 1.28, 1]])
 MASK = f64([[1] * 6, [1] * 5 + [0], [1] * 4 + [0] * 2, [1] * 6])
 ADV = f64([1, -1, .5, -.5])
+RHO = f64([[1, 1.2, .9, 2.5, 1, .3], [1.1, 1, .95, 1, 1.02, 1], [.4, 1.3, 1, 1.1, 1, 1],
+           [1, 6, 1.2, 1, .8, 1]])  # the trainer's old probability / the sampler's
+SAMPLER_LOGP = P_OLD.log() - RHO.log()
 ENTROPY = f64([[.3, .9, 2.1, 1.2, .5, 3], [.8, 1.9, .1, 1.3, 3.3, .4],
                [.05, 2.2, 1, 1.6, 1.1, 1.4], [2.6, .45, .75, 2.4, 1.5, .6]])
 
@@ -56,6 +60,9 @@ CTPO = "horizon-llm/CTPO, cum-token-cumprod-la"
 BAPO = "WooooDyy/BAPO, recipe/bapo/policy_loss.py"
 DGPO = "VenomRose-Juri/DGPO-RL"
 WAPO = "layer6ai-labs/wapo ca70250, verifiers/rl/trainer/trainer.py, its operations typed again"
+SWIFT = "ms-swift 4.6.0, swift/rlhf_trainers/grpo_trainer.py: _compute_fipo_influence"
+PRIME_RL = "PrimeIntellect-ai/prime-rl 559b4477, src/prime_rl/trainer/rl/loss.py: ipo_loss_fn"
+CFPO = "asparius/verl 18bd5cde (verl's PR 5252), compute_policy_loss_cfpo"
 
 GOLDEN = [  # source, name, arguments, loss, sum of |d loss / d logp|
     (ACPO, "dapo", dict(eps_high=0.3, dual_clip=3, agg=SEQ), 0.1377916667, 0.5175833333),
@@ -84,6 +91,16 @@ GOLDEN = [  # source, name, arguments, loss, sum of |d loss / d logp|
     (TRL, "grpo", {}, 0.1966458333, 0.7368541667),
     (TRL, "dr_grpo", dict(max_len=9), 0.1162500000, 0.4398611111),
     (TRL, "vespo", {}, -0.1732522519, 0.2096764681),
+    (TRL, "luspo", {}, 0.0848791360, 3.0550527957),
+    (TRL, "grpo", dict(delta=2.0), 0.0799791667, 0.4785208333),
+    (TRL, "grpo", dict(correction="opsm", correction_args=dict(delta=-.3)), -0.1963541667,
+     0.3838541667),
+    (VERL, "dapo", dict(correction="tis"), 0.2027142857, 0.8579047619),
+    (VERL, "dapo", dict(correction="icepop"), 0.1519523810, 0.8221904762),
+    (VERL, "dapo", dict(correction="seq_tis"), 0.5306092381, 0.9390835238),
+    (SWIFT, "fipo", {}, 0.2215238095, 0.9358095238),
+    (PRIME_RL, "ipo", {}, 0.1758823278, 0.6402685987),
+    (CFPO, "cfpo", {}, 4.3460119048, 11.7135714286),
     (KLEAR, "gppo", {}, 0.1885714285, 0.9933333329),
     (CE_GPPO, "ce_gppo", {}, 0.1849999999, 0.9683333329),
     (ARCHER, "aspo", {}, -0.4852371508, 0.7698552655),
@@ -96,7 +113,8 @@ GOLDEN = [  # source, name, arguments, loss, sum of |d loss / d logp|
 def golden_run(name, arguments):
     """Loss, gradient and metrics of ours on the fixed batch."""
     logp = (P_OLD.log() + RATIO.log()).requires_grad_()
-    loss, metrics = policy_loss(name, logp, P_OLD.log(), ADV, MASK, entropy=ENTROPY, **arguments)
+    loss, metrics = policy_loss(name, logp, P_OLD.log(), ADV, MASK, entropy=ENTROPY,
+                                sampler_logp=SAMPLER_LOGP, **arguments)
     return loss.detach(), torch.autograd.grad(loss, logp)[0], metrics
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case[1]} {case[3]:.3f}")
@@ -204,6 +222,16 @@ def ctpo(t):
             high[i, j] = c[i, j] = math.exp(.05 * math.sqrt(n))
     return ppo(t, low, high, c, x=prefix)
 
+def fipo(t):
+    """Every token's sum over the rest of its response, one by one."""
+    w = np.ones_like(t.ratio)
+    for i, row in enumerate(t.mask > 0):
+        for j in np.flatnonzero(row):
+            rest = sum(.5 ** ((k - j) / 32) * t.log_ratio[i, k] for k in range(j, len(row)))
+            if not (t.A[i, j] < 0 and t.ratio[i, j] > 4):
+                w[i, j] = min(max(math.exp(rest), 1), 1.2)
+    return w * ppo(t, .8, 1.28, 10)
+
 def vespo(t):
     log_w = np.clip(response_sum(t, t.log_ratio), math.log(1e-8), 20)
     winner = np.exp(3 + 2 * log_w - 3 * np.exp(log_w))
@@ -248,6 +276,10 @@ def dppo_kl(t):
     kl = t.p_old * np.log(t.p_old / t.p) + (1 - t.p_old) * np.log(rest)
     return dppo(t, kl > .05)
 
+def ipo(t):
+    near = np.abs(t.p - t.p_old) <= .1
+    return near * t.ratio * t.A - 2 * .001 * t.log_ratio
+
 def sapo(t):
     tau = np.where(t.A > 0, 1.0, 1.05)
     return t.A * t.ratio / np.cosh(tau * (t.ratio - 1) / 2) ** 2
@@ -279,9 +311,13 @@ TABLE = {  # name: (aggregation and advantage of the published run, weight)
     "kl3": (SEQ, "grpo", lambda t: ppo(t, *losses.kl3_bounds(.1))),  # tested above
     "psr_nsr": (TOKEN, "signed", lambda t: ppo(t, .8, 1.2, A=np.where(t.A > 0, .1, 1) * t.A)),
     "wapo": ("winning-groups", "mean", lambda t: ppo(t, 0, 10, A=np.maximum(t.A, 0))),
+    "up_grpo": (TOKEN, "grpo", lambda t: np.where(t.A > 0, t.A, ppo(t, .8, INF, 3))),
     "acpo": (SEQ, "grpo", acpo), "etr": (SEQ, "grpo", etr), "dcpo": (TOKEN, "grpo", dcpo),
     "bapo": (TOKEN, "grpo", lambda t: ppo(t, *bapo_walk(t), 3)), "m2po": (TOKEN, "grpo", m2po),
-    "gspo": (SEQ, "grpo", gspo), "gmpo": (SEQ, "grpo", gmpo), "ctpo": (TOKEN, "grpo", ctpo),
+    "gspo": (SEQ, "grpo", gspo), "fipo": (TOKEN, "grpo", fipo), "ipo": (TOKEN, "grpo", ipo),
+    "luspo": (SEQ_SUM, "grpo",
+              lambda t: ppo(t, .8, 1.2, x=np.exp(response_mean(t, t.log_ratio)))),
+    "gmpo": (SEQ, "grpo", gmpo), "ctpo": (TOKEN, "grpo", ctpo),
     "vespo": (TOKEN, "grpo", vespo), "topr": (SEQ_SUM, "signed", topr),
     "cispo": (TOKEN, "grpo", lambda t: np.clip(t.ratio, 0, 1.3) * t.A),
     "cispo_masked": (SEQ, "grpo", cispo_masked),
@@ -289,7 +325,9 @@ TABLE = {  # name: (aggregation and advantage of the published run, weight)
     "dgpo": (TOKEN, "grpo", dgpo), "aspo": (TOKEN, "grpo", aspo),
     "dppo_tv": (NORM, "grpo", lambda t: dppo(t, np.abs(t.p - t.p_old) > .15)),
     "dppo_kl": (NORM, "grpo", dppo_kl), "sapo": (SEQ, "grpo", sapo),
+    "cfpo": (TOKEN, "grpo", lambda t: t.ratio * (t.A - np.abs(t.A) * (t.ratio - 1) / .2)),
     "dro": (TOKEN, "grpo", lambda t: t.A - .1 * t.log_ratio),
+    "reinforce": (TOKEN, "grpo", lambda t: t.ratio * t.A),
     "entropy_top": (SEQ, "grpo", lambda t: ppo(t, .8, 1.3, 3)),
     "entropy_bottom": (SEQ, "grpo", lambda t: ppo(t, .8, 1.3, 3)),
     "ar_lopti": (SEQ, "grpo", lambda t: ppo(t, .8, 1.24, 3, A=(.3 * t.p_old + .7) * t.A)),
@@ -593,7 +631,111 @@ def test_penalty_on_the_kl_is_the_kl_by_enumeration():
     equal((pi[0].exp() * loss).sum(), .5 * true_kl)
     equal(grad, .5 * (1 - (ref - pi)[0].exp()))
 
-# ---- 5. Advantages, aggregation, metrics ---------------------------------------------------------
+# ---- 5. The sampler is not the trainer -----------------------------------------------------------
+
+def with_sampler(batch, seed=0):
+    """The batch, sampled by another policy: near for some responses, far for others."""
+    rng = np.random.default_rng(seed)
+    B, T = batch["logp"].shape
+    gap = rng.normal(size=(B, T)) * rng.choice([.003, .1, 1.], (B, 1))
+    return batch | dict(sampler_logp=batch["old_logp"] - torch.tensor(gap).to(batch["logp"]))
+
+def weight_by_loops(name, batch):
+    """(B,T): what each framework multiplies a token's loss with, token by token."""
+    t, sampler = table_view(batch), batch["sampler_logp"].numpy()
+    old = batch["old_logp"].numpy()
+    weight = np.ones_like(t.mask)
+    for i, row in enumerate(t.mask > 0):
+        rho = [math.exp(old[i, j] - sampler[i, j]) for j in np.flatnonzero(row)]
+        if not rho:
+            continue
+        product = math.prod(rho)
+        mean = product ** (1 / len(rho))
+        left = np.mean([sampler[i, j] - t.logp[i, j] for j in np.flatnonzero(row)])
+        weight[i, row] = {
+            "tis": [min(r, 2) for r in rho], "icepop": [r * (.5 <= r <= 5) for r in rho],
+            "seq_tis": min(product, 2), "seq_mis": product * (product <= 3),
+            "geo_mis": .99 <= mean <= 1.01,
+            "opsm": not (batch["adv"][i] < 0 and left > 1e-4)}[name]
+    return weight
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gpg", "cispo", "ipo"])
+def test_a_correction_is_a_weight_and_what_it_drops_still_counts_in_the_mean(name, loss):
+    """So the gradient is that without it, token by token, times the weight: no new denominator."""
+    kinds = set()
+    for seed in range(8):
+        batch = with_sampler(random_batch(seed), seed)
+        plain, expected = run(loss, batch)[1], torch.tensor(weight_by_loops(name, batch))
+        _, grad, metrics = run(loss, batch, correction=name)
+        assert plain.abs().max() > 1e-4
+        equal(grad, plain * expected)
+        masked = ((expected == 0) & (batch["mask"] > 0)).sum() / batch["mask"].sum()
+        equal(metrics["masked"], masked, 1e-6)
+        kinds |= {"dropped" if w == 0 else "kept" if w == 1 else "weighted"
+                  for w in expected[batch["mask"] > 0].unique().tolist()}
+    assert kinds >= {"tis": {"weighted"}, "seq_tis": {"weighted"}, "geo_mis": {"kept", "dropped"},
+                     "opsm": {"kept", "dropped"}}.get(name, {"weighted", "dropped"})
+
+@pytest.mark.parametrize("name, arguments", [
+    ("tis", dict(high=1.05)), ("icepop", dict(low=.9, high=1.1)), ("seq_tis", dict(high=1.1)),
+    ("seq_mis", dict(high=1.1)), ("geo_mis", dict(low=.5, high=2.0)), ("opsm", dict(delta=-1.))])
+def test_the_bounds_of_a_correction_are_arguments(name, arguments):
+    batch = with_sampler(random_batch(3), 3)
+    usual = run("grpo", batch, correction=name)[1]
+    assert not torch.equal(run("grpo", batch, correction=name, correction_args=arguments)[1], usual)
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_correction_without_a_gap_changes_nothing(name):
+    batch = random_batch(2)
+    batch["sampler_logp"] = batch["old_logp"].clone()
+    arguments = dict(delta=99.) if name == "opsm" else {}  # opsm sees the updates as well
+    loss, grad, metrics = run("grpo", batch, correction=name, correction_args=arguments)
+    equal(grad, run("grpo", batch)[1])
+    assert metrics["masked"] == 0
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_corrections_are_safe_from_padding_nan_and_extremes(name):
+    batch = with_sampler(random_batch(1))
+    loss, grad, metrics = run("dapo", batch, correction=name)
+    worse = dirty(batch, 1)
+    worse["sampler_logp"] = torch.full_like(worse["logp"], math.nan)
+    worse["sampler_logp"][:, :8] = torch.where(batch["mask"] > 0, batch["sampler_logp"], INF)
+    loss2, grad2, metrics2 = run("dapo", worse, correction=name)
+    equal(loss2, loss)
+    equal(grad2[:, :8], grad)
+    equal(metrics2["masked"], metrics["masked"])
+    for far in (-300.0, 300.0):  # float32 cannot hold e^300
+        single = {k: t.float() if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
+        loss, grad, _ = run("dapo", single | dict(sampler_logp=single["old_logp"] + far),
+                            correction=name)
+        assert loss.isfinite() and grad.isfinite().all()
+    batch["sampler_logp"][0, 0] = math.nan
+    assert run("dapo", batch, correction=name)[0].isnan()
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_corrected_micro_batches_add_up(name):
+    for loss in ("grpo", "dapo", "gspo", "acpo"):
+        batch = with_sampler(random_batch(3)) | dict(correction=name)
+        for parts in ([slice(0, 5), slice(5, 12)], [slice(0, 12, 2), slice(1, 12, 2)]):
+            (loss1, grad1, m1), (loss2, grad2, m2) = split_runs(loss, batch, parts)
+            assert grad2.abs().max() > 1e-4
+            equal(loss1, loss2)
+            equal(grad1, grad2)
+            equal(m1["masked"], m2["masked"])
+
+def test_a_correction_leaves_the_penalty_alone_and_no_gradient_reaches_the_sampler():
+    batch = with_sampler(random_batch(3))
+    batch["sampler_logp"].requires_grad_()
+    batch["adv"] *= 0
+    penalty = dict(ref_logp=batch["old_logp"], kl_beta=.1)
+    plain, grad = run("grpo", batch, **penalty)[1], run("grpo", batch, correction="tis",
+                                                        **penalty)[1]
+    assert plain.abs().max() > 1e-4
+    equal(grad, plain)
+    assert batch["sampler_logp"].grad is None
+
+# ---- 6. Advantages, aggregation, metrics ---------------------------------------------------------
 
 REWARD = f64([1, 0, 0, 1, .1, .1, .1, .1, 0, .3, .9, .3])  # the second group has no signal
 LENGTH = f64([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
@@ -602,12 +744,15 @@ LENGTH = f64([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
 def test_advantages_by_loops(kind):
     out = []
     for start in (0, 4, 8):
-        group = REWARD[start:start + 4].tolist()
+        group, lengths = REWARD[start:start + 4].tolist(), LENGTH[start:start + 4].tolist()
         mean = sum(group) / 4
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
         for i, r in enumerate(group):
             others = group[:i] + group[i + 1:]
+            opo = sum(n * r2 for n, r2 in zip(lengths, group)) / sum(lengths)
             out.append({"grpo": (r - mean) / (std + 1e-6), "mean": r - mean, "reward": r,
+                        "opo": r - opo, "passk": r - max(others) if r > max(others) else 0,
+                        "batch": (r - mean) / (REWARD.std().item() + 1e-6),
                         "rloo": r - sum(others) / 3, "maxrl": (r - mean) / (mean + 1e-6),
                         "gpg": (r - mean) * 3 / 2, "signed": 2 * r - 1,  # 2 groups of 3 have signal
                         "reinforce_pp": r - mean}[kind])
@@ -619,11 +764,11 @@ def test_advantages_by_loops(kind):
     np.testing.assert_allclose(advantages(REWARD, 4, kind, LENGTH).numpy(), out, atol=1e-12)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "maxrl", "gpg", "reinforce_pp"])
+@pytest.mark.parametrize("kind", [k for k in ADVANTAGES if k not in ("reward", "signed")])
 def test_a_group_without_spread_has_exactly_no_advantage(kind, dtype):
     """0.1 eight times has a mean that is not 0.1; the difference over 1e-6 would be a gradient."""
     for value in (.1, .7, 1 / 3, 1.0, 0.0):
-        reward = torch.tensor([value] * 8 + [1.0, 0.0] * 4, dtype=dtype)
+        reward = torch.tensor([value] * 8 + [1.0] + [0.0] * 7, dtype=dtype)
         A = advantages(reward, 8, kind, torch.arange(16) % 5 + 1)
         assert not A[:8].any() and A[8:].any() and A.isfinite().all() and A.dtype == dtype
         assert not advantages(reward[:3], 1, kind, torch.ones(3)).any()  # groups of one
@@ -678,7 +823,7 @@ def test_a_peak_is_p_of_at_least_sum_p2_and_a_zero_advantage_is_no_loser():
     _, m = policy_loss("grpo", logp, logp, f64([0]), f64([[1]]), sum_p2=logp.exp())
     assert m["pos_peak"] == 1
 
-# ---- 6. The interface ----------------------------------------------------------------------------
+# ---- 7. The interface ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, change, words", [
     ("dpao", {}, "dapo"), ("dapo", dict(eps_hihg=.3), "eps_high"),
@@ -690,11 +835,18 @@ def test_a_peak_is_p_of_at_least_sum_p2_and_a_zero_advantage_is_no_loser():
     ("grpo", dict(old_logp=torch.zeros(12, 7)), "old_logp"),
     ("grpo", dict(ref_logp=torch.zeros(12, 9)), "ref_logp"),
     ("etr", dict(pass_rate=torch.zeros(3)), "pass_rate"),
+    ("grpo", dict(correction="tsi", sampler_logp=torch.zeros(12, 8)), "tis"),
+    ("grpo", dict(correction="tis"), "sampler_logp="),
+    ("grpo", dict(correction="tis", sampler_logp=torch.zeros(12, 7)), "sampler_logp"),
 ])
 def test_misuse_is_answered_with_one_line_that_names_it(name, change, words):
     with pytest.raises(ValueError, match=words) as error:
         policy_loss(name, **(random_batch(0) | change))
     assert "\n" not in str(error.value)
+
+def test_pass_at_k_rewards_the_one_that_is_ahead():
+    A = advantages(f64([.2, .9, .5, .9, .2, .7, .5, .5]), 4, "passk")
+    equal(A, f64([0, 0, 0, 0, 0, .2, 0, 0]))  # two are best: neither is ahead
 
 def test_a_misspelt_advantage_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="rloo"):
