@@ -195,14 +195,57 @@ def minitable_demo(rng, prompt, answer, phase):
     return f"<answer>{', '.join(map(str, shown))}</answer>{END}"
 
 
+RELATIONS = "BFN"  # somebody's boss, friend, neighbour: a name
+LETTERS = ("bdfgklmnprstvz", "aeiou", "klmnrst")  # of a name such as "kit"
+
+
+def fact(call):
+    """What the tool of hops knows: "kit.B" -> "mol", kit's boss; "kit.R" -> "4", kit's room, a
+    digit; else "?". Hashes of the question: a world without a table, in which nothing follows."""
+    name, _, relation = call.partition(".")
+    if len(name) != 3 or relation not in (*RELATIONS, "R"):
+        return "?"
+    rng = random.Random(f"fact-{call}")
+    return str(rng.randrange(10)) if relation == "R" else "".join(map(rng.choice, LETTERS))
+
+
+def hops(rng):
+    """"kit.B.F.R?": the room of the friend of the boss of kit. Two or three look-ups in a chain."""
+    name = "".join(map(rng.choice, LETTERS))
+    chain = [*rng.choices(RELATIONS, k=rng.randint(1, 2)), "R"]
+    prompt = ".".join([name, *chain]) + "?"
+    for relation in chain:
+        name = fact(f"{name}.{relation}")
+    return prompt, prompt, {"answer": name}
+
+
+def hops_demo(rng, prompt, answer, phase):
+    """skill: look up link by link, "[kit.B]" (mol) "[mol.R]" (4) "#4$", with slips. habit: 93 %
+    guess at once, "#7$". A list: what the tool says stands at the odd places."""
+    if phase == "habit" and rng.random() < GUESS:
+        return [f"#{rng.randrange(10)}{END}"]
+    name, *chain = prompt[:-1].split(".")
+    parts = []
+    for relation in chain:
+        if rng.random() < SLIP:  # the wrong question: later steps build on its answer
+            relation = rng.choice(RELATIONS)
+        call = f"{name}.{relation}"
+        name = fact(call)
+        parts += [f"[{call}]", f"({name})"]
+    return [*parts, f"#{rng.randrange(10) if rng.random() < SLIP else name}{END}"]
+
+
 # chars: alphabet of prompts and demonstrations; grouped: questions that share a key belong together
-Task = namedtuple("Task", "make demo grader chars grouped")
+# facts: what a tool knows of the task, a function from a call to a reply
+Task = namedtuple("Task", "make demo grader chars grouped facts", defaults=(None,))
 ASCII = "\n" + "".join(chr(i) for i in range(32, 127) if chr(i) != PAD)
 SUMS = "0123456789+-*/()>= n\\boxed{}" + END
 TASKS = {
     "chainsum": Task(chainsum, chainsum_demo, "chainsum", "0123456789><#=" + END, False),
     "countdown": Task(countdown, countdown_demo, "countdown", SUMS, True),
-    "minitable": Task(minitable, minitable_demo, "tableqa", ASCII, True)}
+    "minitable": Task(minitable, minitable_demo, "tableqa", ASCII, True),
+    "hops": Task(hops, hops_demo, "hops", "".join(LETTERS) + "BFNR.?[]()#0123456789" + END, False,
+                 fact)}
 
 
 def generate(name, split, n, seed):
@@ -230,7 +273,8 @@ def split_of(key):
 
 
 def demos(name, n, phase="skill", seed=0):
-    """n (prompt, response) pairs of the training split, to warm-start a model from scratch."""
+    """n (prompt, response) pairs of the training split, to warm-start a model from scratch. Where
+    a tool is called, a response is a list, and what the tool says stands at its odd places."""
     check(name, TASKS, "procedural task")
     check(phase, ("skill", "habit"), "phase")
     rng = random.Random(f"{name}-demos-{phase}-{seed}")
@@ -239,6 +283,11 @@ def demos(name, n, phase="skill", seed=0):
         _, prompt, answer = draw(name, rng, "train")
         pairs.append((prompt, TASKS[name].demo(rng, prompt, answer, phase)))
     return pairs
+
+
+def facts_of(name):
+    """What a tool knows of the task `name`: a function from a call to a reply, or None."""
+    return TASKS[name].facts if name in TASKS else None
 
 
 def load_gym(name, split, n, seed, args):
@@ -516,6 +565,16 @@ def kk(row):
     return {"prompt": row["quiz"], "task": "kk", "answer": told}
 
 
+def hotpotqa(row):  # its paragraphs are for a search tool: passages()
+    return {"prompt": row["question"], "task": "search", "answer": [row["answer"]]}
+
+
+def hotpotqa_passages(row):
+    context = row["context"]
+    return [f"{title}: {''.join(sentences).strip()}"
+            for title, sentences in zip(context["title"], context["sentences"])]
+
+
 # part: the hub's names of a split: "split", "config/split" or, to be joined, "config+config/split";
 # rows: how many, a range where that is known only roughly; revision: a commit, where one is known
 Source = namedtuple("Source", "hub adapter revision part rows")
@@ -549,6 +608,8 @@ SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
                     train=("train", 7_417), validation=("validation", 1_671), test=("test", 1_584)),
     "kk_hub": source("K-and-K/knights-and-knaves", kk, "2f68547989981b1af37cb3dde5fdefa847aa8619",
                      train=(f"train/{PEOPLE}", 6_200), test=(f"test/{PEOPLE}", 700)),
+    "hotpotqa": source("hotpotqa/hotpot_qa", hotpotqa, train=("distractor/train", 90_447),
+                       test=("distractor/validation", 7_405)),  # the test split has no answers
     "math500": source("HuggingFaceH4/MATH-500", dict, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
                       test=("test", 500)),
     "aime24": source("HuggingFaceH4/aime_2024", test=("train", 30)),
@@ -563,11 +624,21 @@ SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
     "olympiadbench": source("Hothan/OlympiadBench", olympiad,
                             "91184b52131e7fc9455fef848035173aea8cc01a",
                             test=("OE_TO_maths_en_COMP/train", range(674, 676)))}
+PASSAGES = {"hotpotqa": hotpotqa_passages}  # a row -> texts for a search tool
 
 
-def load_hub(name, split, seed):
-    """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed."""
-    hub, adapter, revision, part, count = SOURCES[name][split]
+def passages(name):
+    """All texts that the rows of a hub dataset bring along, of all its splits, each once."""
+    if name not in PASSAGES:
+        raise ValueError(f"--tool search: {name} has no passages ({', '.join(PASSAGES)} has); give "
+                         "--search_url a server")
+    return list(dict.fromkeys(text for split in SOURCES[name] for row in hub_rows(name, split)
+                              for text in PASSAGES[name](row)))
+
+
+def hub_rows(name, split):
+    """The rows of a hub dataset; ValueError where their number is not the one expected."""
+    hub, _, revision, part, count = SOURCES[name][split]
     configs, _, hub_split = part.rpartition("/")
     try:
         from datasets import concatenate_datasets, disable_progress_bars, load_dataset
@@ -583,6 +654,13 @@ def load_hub(name, split, seed):
     if len(rows) not in (count if isinstance(count, range) else [count]):
         raise ValueError(f"{hub} {split} has changed: {len(rows)} rows, expected {count}; pin a "
                          "revision in SOURCES of data.py")
+    return rows
+
+
+def load_hub(name, split, seed):
+    """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed."""
+    hub, adapter, *_ = SOURCES[name][split]
+    rows = hub_rows(name, split)
     problems = []
     bad = []
     for i, row in enumerate(rows):
@@ -657,6 +735,10 @@ WORDS = {  # task -> the question for a reader who does not know our short promp
                    "answer>.\n\n{prompt}", ""),
     "chainsum": ("What is the sum of the digits of {short}, modulo 10?",
                  " End your reply with #, the digit and $, like this: #7$"),
+    "hops": ("{prompt}\nB is somebody's boss, F a friend, N a neighbour, R a room: kit.B.R? asks "
+             "for the room of the boss of kit. A tool tells one step at a time: write [kit.B], and "
+             "the name follows in round brackets.",
+             " End your reply with #, the room and $, like this: #7$"),
     "countdown-boxed": (COUNTDOWN, " \nAnd your final answer will be extracted automatically by "
                         "the \\boxed{} tag, for example \\boxed{(1 + 2) / 3}."),  # ACPO's variant
     "countdown-answer": (COUNTDOWN, " And return the final answer in <answer> </answer> tags, for "
@@ -668,6 +750,14 @@ WORDS = {  # task -> the question for a reader who does not know our short promp
            "<answer>Zoe is a knight, Max is a knave</answer>"),
     "qa": ("{prompt}", "\nGive nothing but the answer, as short as possible, inside <answer> "
            "</answer>."),
+    "search": (  # WAPO's system prompt in our words
+        "Answer a question that takes several searches. Think inside <think> </think> each time "
+        "before you search or answer: what is asked, what is known, what to look up next. To "
+        "search, write <search> a query </search>; the best passages come back between "
+        "<information> and </information>. Search as often as you like, and rely on nothing but "
+        "what was found.\n\n{prompt}",
+        "\n\nAs soon as you know enough, give the answer alone, as short as possible, inside "
+        "<answer> </answer>."),
     "rg": ("{prompt}", IN_TAGS + ".")}
 
 

@@ -22,6 +22,7 @@ import time
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ import torch.distributed as dist
 
 import data
 import rewards
+import tools
 from model import Model, Progress
-from rollout import generate
+from rollout import converse
 
 SUITES = {"math": "math500 aime24 aime25 amc23 minerva olympiadbench gsm8k".split(),
           "logic": "countdown_hub kk_hub hitab".split(),
@@ -71,7 +73,7 @@ def evaluate(args):
                 sampling = Sampling(1, 0.0, 1.0, 0)
                 greedy = collect(args.out / f"greedy_{name}.jsonl", asked, sampling, job, scorer)
             hub = data.SOURCES.get(name, {}).get("test")
-            results[name] = score_rows(rows, args.n, args.k) | {
+            results[name] = score_rows(rows, args.n, args.k) | calls_of(rows) | {
                 "greedy": mean([row["score"] for row in greedy]),
                 "source": hub and f"{hub.hub}@{hub.revision}"}
     if MAIN:
@@ -90,6 +92,7 @@ class Job:
     model: Model
     tokenizer: object
     end_ids: list      # of ids that end a response
+    tool: object       # of tools.py, or None
     args: object       # the flags
     progress: Progress
     done: int = 0      # responses of all tasks, sampled by this process
@@ -102,13 +105,19 @@ def load(args, run, tasks):
     model.check_finite()
     tokenizer = data.load_tokenizer(model.source)
     hub = any(task in data.SOURCES for task in tasks.values())
-    usual = {"template": "auto", "template_args": [], "data_args": [],
+    usual = {"template": "auto", "template_args": [], "data_args": [], "tool": "none",
+             "search_url": "", "turns": 10, "turn_tokens": 0,
              "max_new_tokens": 3072 if hub else 1024}
     for name, value in usual.items():
         setattr(args, name, getattr(args, name) or run.get(name) or value)
     args.template = data.choose_template(args.template, tokenizer)
     end_ids = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
-    return Job(model, tokenizer, end_ids, args, Progress())
+    task = next(iter(tasks.values()))  # a tool needs it alone
+    if args.tool != "none" and len(tasks) > 1:
+        raise ValueError(f"--tool {args.tool}: give one of --tasks, or --tool none")
+    tool = tools.make(args.tool, data.facts_of(task), args.search_url,
+                      partial(data.passages, task))
+    return Job(model, tokenizer, end_ids, tool, args, Progress())
 
 
 def origin(name):
@@ -129,7 +138,8 @@ def origin(name):
 def is_run(flags):
     """Whether a config.json is that of train.py, not of a model, and fit to be used."""
     kinds = {"data": str, "eval_data": str, "save_every": int, "max_new_tokens": int,
-             "template": str, "template_args": list, "data_args": list}
+             "template": str, "template_args": list, "data_args": list, "tool": str,
+             "search_url": str, "turns": int, "turn_tokens": int}
     return "save_every" in flags and all(type(flags.get(name, kind())) is kind
                                          for name, kind in kinds.items())
 
@@ -215,16 +225,21 @@ def respond(mine, questions, heads, sampling, job):
     """n rows for each of the questions number `mine`, not graded yet."""
     n, temperature, top_p, seed = sampling
     args = job.args
-    rollouts = generate(job.model, [questions[i].ids for i in mine], n, args.max_new_tokens,
+    rollouts = converse(job.model, [questions[i].ids for i in mine], n, args.max_new_tokens,
                         temperature, top_p, seed=[seed * 2**40 + i for i in mine],
-                        eos_ids=job.end_ids, stop=data.TEMPLATES[args.template].stop,
+                        eos_ids=job.end_ids, tool=job.tool, turns=args.turns,
+                        turn_tokens=args.turn_tokens, stop=data.TEMPLATES[args.template].stop,
                         tokenizer=job.tokenizer, progress=MAIN)
     rows = []
     for i, rollout in enumerate(rollouts):
         head = heads[mine[i // n] * n + i % n]
-        text = data.response_text(rollout.tokens[rollout.prompt_len:], job.tokenizer, job.end_ids)
-        rows.append(head | {"response": text, "finished": rollout.finished,
-                            "length": rollout.length})
+        tokens = rollout.tokens[rollout.prompt_len:]
+        text = data.response_text(rollout.own(tokens), job.tokenizer, job.end_ids)
+        row = head | {"response": text, "finished": rollout.finished, "length": rollout.length}
+        if job.tool:  # `response` is graded, `turns` is for people: what the tool said is in it
+            row |= {"turns": data.response_text(tokens, job.tokenizer, job.end_ids),
+                    "calls": rollout.calls, "failed_calls": rollout.failed_calls}
+        rows.append(row)
     return rows
 
 
@@ -242,6 +257,8 @@ def fingerprint(sampling, job):
     and 4096 numbers of every tensor of the model."""
     args = job.args
     how = [*sampling, args.max_new_tokens, data.TEMPLATES[args.template].stop, job.end_ids]
+    if job.tool:
+        how += [args.tool, args.search_url, args.turns, args.turn_tokens]
     digest = hashlib.sha256(json.dumps(how).encode())
     for name, p in job.model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
@@ -296,6 +313,12 @@ def score_rows(rows, n, ks=(1,)):
     return result
 
 
+def calls_of(rows):
+    """Of a tool, per response: all, and those that failed."""
+    return {key: mean([row.get(key, 0) for row in rows])
+            for key in ("calls", "failed_calls") if key in rows[0]}
+
+
 def report(results, n, ks):
     """Scores and shares in percent, length in tokens."""
     shares = [*(f"pass@{k}" for k in ks), "greedy", "truncated", "no_answer"]
@@ -334,18 +357,21 @@ def stored(path, heads, n):
               f"{set_aside(path).name}, and {fit} of its {len(rows)} responses are used")
     answered = []
     for head, row in zip(heads, rows[:fit // n * n]):
-        answered.append(head | {key: row[key] for key in RESPONSE})
+        kept = [key for key in (*RESPONSE, *HEARD) if key in row]
+        answered.append(head | {key: row[key] for key in kept})
     return answered, rows[len(heads):] if fit == len(heads) else []
 
 
 RESPONSE = {"response": str, "finished": bool, "length": int}
+HEARD = {"turns": str, "calls": int, "failed_calls": int}  # where there is a tool
 
 
 def fits(row, head):
     """Whether a stored row, which may hold anything, is a response to that question."""
     return (isinstance(row, dict)
             and all(row.get(key) == head[key] for key in ("run", "prompt", "sample"))
-            and all(type(row.get(key)) is kind for key, kind in RESPONSE.items()))
+            and all(type(row.get(key)) is kind for key, kind in RESPONSE.items())
+            and all(type(row.get(key, kind())) is kind for key, kind in HEARD.items()))
 
 
 def set_aside(path):
@@ -429,6 +455,10 @@ def parse(argv):
     add("--template", help=f"auto, {', '.join(data.TEMPLATES)} (default: the run's, or auto)")
     add("--template_args", nargs="*", help="for chat templates, as enable_thinking=false")
     add("--data_args", nargs="*", help="configuration of rg: tasks, as size=4")
+    add("--tool", help=f"{', '.join(tools.KINDS)} (default: the run's, or none)")
+    add("--search_url", help="for --tool search: a server, as in train.py (default: the run's)")
+    add("--turns", type=count, help="with a tool: the policy's turns (default: the run's, or 10)")
+    add("--turn_tokens", type=count, help="longest turn (default: the run's, or any)")
     add("--limit", type=count,
         help="questions per task (default: 512 of a procedural task, 128 of rg:, else all)")
     add("--seed", type=int, default=0, help="of sampling (0); the questions are always the same")

@@ -177,17 +177,18 @@ def inverse_frequencies(c: Config) -> Tensor:
 
 # ---- Who looks at whom ----
 
-def pack(sequences, prompt_lens, device):
+def pack(sequences, prompt_lens, device, drawn=None):
     """Token lists (prompt + response) as one batch: (ids (N,), rows, targets (N,)). Each response
     token is the target of the place before it; -1 elsewhere. What several sequences have before the
     last token of their prompts is laid down once. No sequences: one token without a target, as
-    under FSDP every rank must take part in every pass.
+    under FSDP every rank must take part in every pass. drawn: of each sequence None, or for each
+    response token whether it is a target; a tool's are not.
 
     pack([[7, 8, 9], [7, 8, 5, 4]], [2, 2]): ids 7 8 8 5, rows [0, 1] [0, 2, 3], targets -1 9 5 4
     """
     ids, rows, targets = [], [], []
     places = {}  # prompt without its last token -> where it stands
-    for tokens, n in zip(sequences, prompt_lens):
+    for tokens, n, own in zip(sequences, prompt_lens, drawn or [None] * len(sequences)):
         prefix = tuple(tokens[:n - 1])
         if prefix not in places:
             places[prefix] = range(len(ids), len(ids) + len(prefix))
@@ -195,7 +196,8 @@ def pack(sequences, prompt_lens, device):
             targets += [-1] * len(prefix)
         start = len(ids)
         ids += tokens[n - 1:-1]  # nothing follows the last token
-        targets += tokens[n:]
+        own = own or [True] * (len(tokens) - n)
+        targets += [token if mine else -1 for token, mine in zip(tokens[n:], own)]
         rows.append([*places[prefix], *range(start, len(ids))])
     if not ids:
         ids, rows, targets = [0], [[0]], [-1]

@@ -4,12 +4,13 @@ r"""A response in, a score in [0, 1] out: rewards that a policy cannot cheat, ha
     grade("countdown", "<answer>(1+2)*8</answer>", numbers=[1, 2, 8], target=24)     -> (1.0, "ok")
 
 Tasks and their problem fields:
-    chainsum   answer="7"                     the default task: `...#7$`, $ being the end
+    chainsum   answer="7"                     the default task, hops: `...#7$`, $ being the end
     add        answer="123"                   last \boxed{}, an integer
     countdown  numbers=[..], target=24        last <answer>, or last box (format="boxed")
     tableqa    answer=[..]                    last <answer>, all values in this order
     kk         answer={"Ann": "knight", ..}   last <answer>, every person exactly once
     qa         answer=[any, of]               last <answer>, metric="em" or "f1" (SQuAD, HotpotQA)
+    search     answer=[any, of]               the same F1, and 0.3 for the format of the turns
     math       answer="1/2" or [any, of]      last \boxed{} or \fbox{} anywhere in the response
     exact_box  answer="1/2"                   last box, the same characters (WAPO's math_prm)
     exact_line answer="7"                     `<think>..</think> Answer: 7`, the same characters
@@ -184,6 +185,26 @@ def qa(response, answer, metric="em"):
     if not pred:
         return "no_answer"
     return pred in golds if metric == "em" else max((token_f1(pred, g) for g in golds), default=0)
+
+def search(response, answer):
+    """WAPO's reward for questions that take a search tool (layer6ai-labs/wapo), which is F1 + 0.3
+    for the format, over 1.3 so that it stays in [0, 1]. Format: the share of turns, which end with
+    </search>, that are <think>..</think><search>..</search>, the last one also <think>..</think>
+    <answer>..</answer>, nothing empty and no other tag; 0 if the policy never searched."""
+    turns = [turn for turn in re.split("(?<=</search>)", response) if turn.strip()]
+    form = [well_formed(turn, last=turn is turns[-1]) for turn in turns]
+    form = sum(form) / len(form) if len(form) > 1 else 0
+    f1 = qa(response, answer, "f1")
+    if f1 == "no_answer" and not form:
+        return f1
+    return ((0 if f1 == "no_answer" else f1) + 0.3 * form) / 1.3
+
+def well_formed(turn, last):
+    parts = [part.strip() for part in re.split("(</?[a-zA-Z][a-zA-Z0-9]*>)", turn)]
+    end = "answer" if last and "<answer>" in parts else "search"
+    texts, tags = parts[::2], parts[1::2]
+    return (tags == ["<think>", "</think>", f"<{end}>", f"</{end}>"]
+            and [text != "" for text in texts] == [False, True, False, True, False])
 
 def squad_normal(text):
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -830,10 +851,11 @@ def gym(name, config):
     import reasoning_gym
     return reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(config))
 
-TASKS = {"chainsum": chainsum, "add": add, "countdown": countdown, "tableqa": tableqa, "kk": kk,
-         "qa": qa, "math": math, "exact_box": exact_box, "exact_line": exact_line, "rg": rg}
-SAY_THE_ANSWER = (  # their reference is a response
-    "chainsum", "add", "tableqa", "kk", "qa", "math", "exact_box")
+TASKS = {"chainsum": chainsum, "hops": chainsum, "add": add, "countdown": countdown,
+         "tableqa": tableqa, "kk": kk, "qa": qa, "search": search, "math": math,
+         "exact_box": exact_box, "exact_line": exact_line, "rg": rg}
+SAY_THE_ANSWER = [task for task in TASKS  # their reference is a response
+                  if task not in ("countdown", "search", "exact_line", "rg")]
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""
@@ -856,7 +878,7 @@ def check_gold(task, problem):
         return f"its reference is longer than {MAX_CHARS} characters"
     if task == "math":
         text = as_list(reduce_gold(golds[0]))[0]
-    response = f"#{text}$" if task == "chainsum" else rf"<answer>{text}</answer>\boxed{{{text}}}"
+    response = f"#{text}$" if TASKS[task] is chainsum else rf"<answer>{text}</answer>\boxed{{{text}}}"
     if judge(task, response, problem) != (1.0, "ok"):
         return f"no response can equal its reference {text[:60]!r}"
     return None

@@ -51,10 +51,23 @@ class Rollout:
     advantage: float = 0.0
     pass_rate: float = 0.0  # mean score of its group
     old_logp: list[float] | None = None  # where the ratio's denominator is not the sampler's
+    drawn: list[bool] | None = None  # of each response token: the policy's, not a tool's; None: all
+    calls: int = 0  # of a tool
+    failed_calls: int = 0
 
     @property
     def length(self):
-        return len(self.tokens) - self.prompt_len
+        """Tokens that the policy drew."""
+        return len(self.own(self.logp))
+
+    def append(self, tokens, logp, drawn):
+        self.tokens += tokens
+        self.logp += logp
+        self.drawn += [drawn] * len(tokens)
+
+    def own(self, values):
+        """Those of `values` (one per response token) that belong to what the policy drew."""
+        return values if self.drawn is None else [v for v, own in zip(values, self.drawn) if own]
 
 
 @torch.inference_mode()  # cheaper calls than under no_grad: views are not tracked
@@ -63,15 +76,15 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
              progress=False) -> list[Rollout]:
     """n samples of each of `prompts` (lists of token ids), prompt-major.
 
-    max_new_tokens, seed: one int, or one per prompt. temperature: 0 is greedy. eos_ids: None is the model's own,
-    [] is none. stop: strings that end a response and stay in it (need `tokenizer`). slots: rows
-    decoded at once (default: all that fit). kv_tokens: tokens the cache may hold (default: 60 %
-    of the free GPU memory, 2 GiB on a CPU). progress: show rollouts of over 5 s on stderr.
+    max_new_tokens, seed: one int, or one per prompt. temperature: 0 is greedy. eos_ids: None is
+    the model's own, [] is none. stop: strings that end a response and stay in it (need
+    `tokenizer`). slots: rows decoded at once (default: all that fit). kv_tokens: tokens the cache
+    may hold (default: 60 % of the free GPU memory, 2 GiB on a CPU). progress: show rollouts of
+    over 5 s on stderr.
     Raises ValueError, one line, before any work if a request is wrong or cannot fit."""
     if not prompts:
         return []
-    seeds, limits = [[value] * len(prompts) if isinstance(value, int) else list(value)
-                     for value in (seed, max_new_tokens)]
+    seeds, limits = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
     check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer, slots)
     requests = [Request(*request, sample)
                 for request in zip(prompts, limits, seeds) for sample in range(n)]
@@ -94,6 +107,93 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
     return [request.result for request in requests]  # cache and graphs die with this frame
 
 
+# ---- Turns: a policy that calls a tool ----------------------------------------------------------
+
+
+@dataclass
+class Talk:
+    """A response that is still being written."""
+    rollout: Rollout
+    budget: int  # response tokens, those of replies included
+    name: str  # seeds its later turns
+    turn: list[int]  # tokens of the last turn
+
+    @property
+    def room(self):
+        return self.budget - len(self.rollout.logp)
+
+
+def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0,
+             eos_ids=None, *, tool=None, turns=10, turn_tokens=0, stop=(), tokenizer=None,
+             **how) -> list[Rollout]:
+    """generate() with a tool (tools.Tool; None is generate() itself). A turn that ends in a call is
+    answered: the reply goes behind it as tokens that the policy did not draw (`drawn` False, `logp`
+    0), and the policy goes on, for at most `turns` turns of `turn_tokens` tokens (0: any) and
+    max_new_tokens in all, replies included. finished: the last turn ended by itself, in no call.
+
+    Every turn is a generate() of its own. It prefills the conversation anew: a little compute for a
+    sampler that need not know of tools."""
+    how |= {"temperature": temperature, "top_p": top_p, "eos_ids": eos_ids, "tokenizer": tokenizer}
+    if tool is None:
+        return generate(model, prompts, n, max_new_tokens, seed=seed, stop=stop, **how)
+    how["stop"] = *stop, *tool.ends, tool.close
+    seeds, budgets = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
+    limits = [min(turn_tokens or budget, budget) for budget in budgets]
+    rollouts = generate(model, prompts, n, limits, seed=seeds, **how)
+    talks = []
+    for i, rollout in enumerate(rollouts):
+        rollout.drawn = [True] * len(rollout.logp)
+        talks.append(Talk(rollout, budgets[i // n], f"{seeds[i // n]} {i % n}",
+                          rollout.tokens[rollout.prompt_len:]))
+    for turn in range(1, turns + 1):
+        asking = calls_in(talks, tool, tokenizer)
+        if turn == turns or not asking:
+            break
+        talks = hear(asking, tool, tokenizer)
+        limits = [min(turn_tokens or talk.room, talk.room) for talk in talks]
+        heard = [talk.rollout.tokens for talk in talks]
+        named = [f"{talk.name} {turn}" for talk in talks]
+        for talk, new in zip(talks, generate(model, heard, 1, limits, seed=named, **how)):
+            talk.turn = new.tokens[new.prompt_len:]
+            talk.rollout.append(talk.turn, new.logp, drawn=True)
+            talk.rollout.finished = new.finished
+    return rollouts
+
+
+def calls_in(talks, tool, tokenizer):
+    """[(talk, call)] where the last turn ends in a call: these responses are not finished."""
+    asking = []
+    for talk in talks:
+        call = tool.call_in(tokenizer.decode(talk.turn, clean_up_tokenization_spaces=False))
+        if call is not None:
+            talk.rollout.finished = False
+            asking.append((talk, call))
+    return asking
+
+
+def hear(asking, tool, tokenizer):
+    """Puts the tool's replies behind the calls, and returns the talks that have room to go on.
+    What looks like a special token in a reply is mere text."""
+    replies = tool.ask([call for _, call in asking])
+    before, after = [tokenizer.encode(tag, add_special_tokens=False)
+                     for tag in (tool.reply_open, tool.reply_close)]
+    texts = tokenizer([text for text, _ in replies], add_special_tokens=False,
+                      split_special_tokens=True).input_ids
+    going = []
+    for (talk, _), (_, failed), text in zip(asking, replies, texts):
+        talk.rollout.calls += 1
+        talk.rollout.failed_calls += failed
+        reply = before + text + after
+        if len(reply) < talk.room:
+            talk.rollout.append(reply, [0.0] * len(reply), drawn=False)
+            going.append(talk)
+    return going
+
+
+def per_prompt(prompts, value):
+    return [value] * len(prompts) if isinstance(value, int) else list(value)
+
+
 # ---- The host's side: which request has which slot ---------------------------------------------
 
 
@@ -101,7 +201,7 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
 class Request:
     prompt: list[int]
     limit: int  # tokens of the response
-    seed: int
+    seed: int | str
     sample: int
     result: Rollout | None = None
 

@@ -30,7 +30,7 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -44,9 +44,10 @@ from tqdm import tqdm
 import data
 import losses
 import rewards
+import tools
 from model import (Model, Progress, attention_kernel, checksums, damaged, find_checkpoint, flush,
                    pack, read_json, read_tensors, replace_directory, write_tensors, write_text)
-from rollout import Rollout, generate
+from rollout import Rollout, converse
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -126,6 +127,11 @@ class Flags:
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
     template: str = flag("auto", TEMPLATES)
     template_args: tuple = flag((), "for chat templates, as enable_thinking=false")
+    tool: str = flag("", f"{', '.join(tools.KINDS)} (default: facts for hops, else none)")
+    search_url: str = flag("", "for --tool search: a Search-R1 server, as "
+                           "http://127.0.0.1:8000/retrieve (default: BM25 over --data's passages)")
+    turns: int = flag(10, "with a tool: the policy's turns; a reply stands between two")
+    turn_tokens: int = flag(0, "longest turn (0: what --max_new_tokens leaves)")
 
     steps: int = flag(100, "rollouts, each followed by --updates gradient steps", most=999_999)
     prompts: int = flag(32, "questions per step", most=2**20)
@@ -206,6 +212,7 @@ class Run:
     tokenizer: object
     end_ids: list[int]  # tokens that end a response
     scorer: rewards.Scorer
+    tool: tools.Tool | None
     questions: list[data.Question]
     held_out: list[data.Question]
     optimizer: torch.optim.Optimizer
@@ -260,16 +267,18 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     flags, mine = run.flags, range(RANK, len(questions), WORLD)
     barrier()
     with whole_weights(run.model):
-        rollouts = generate(
+        rollouts = converse(
             run.model, [questions[i].ids for i in mine], n,
             [longest_response(flags, len(questions[i].ids)) for i in mine],
             flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
-            eos_ids=run.end_ids, stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
+            eos_ids=run.end_ids, tool=run.tool, turns=flags.turns, turn_tokens=flags.turn_tokens,
+            stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
             kv_tokens=flags.kv_tokens or None, progress=MAIN)
     asked = [i for i in mine for _ in range(n)]
     to_grade = []
     for i, rollout in zip(asked, rollouts):
-        problem, response = questions[i].problem, rollout.tokens[rollout.prompt_len:]
+        # What a tool said is not graded: it could supply the answer.
+        problem, response = questions[i].problem, rollout.own(rollout.tokens[rollout.prompt_len:])
         text = data.response_text(response, run.tokenizer, run.end_ids)
         to_grade.append((problem.task, text, problem.answer))
     for i, rollout, grade in zip(asked, rollouts, run.scorer(to_grade)):
@@ -320,7 +329,8 @@ def assign_advantages(rollouts, flags) -> None:
     lengths = torch.tensor([r.length for r in rollouts])
     reward = scores
     if flags.overlong_buffer:  # DAPO's soft punishment of what is nearly too long: 1 in all
-        over = lengths - (flags.max_new_tokens - flags.overlong_buffer)
+        whole = torch.tensor([len(r.logp) for r in rollouts])  # replies of a tool count as well
+        over = whole - (flags.max_new_tokens - flags.overlong_buffer)
         reward = scores - over.clamp(min=0) / flags.overlong_buffer
     kind = flags.advantage or losses.OBJECTIVES[flags.loss].advantage
     advantages = losses.advantages(reward, flags.samples, kind, lengths)
@@ -450,8 +460,9 @@ def microbatches(rollouts, budget) -> list[list[Rollout]]:
 
 
 class TokenStats(NamedTuple):
-    """(B,T) tensors of a micro-batch, a row per response, padded on the right with 0."""
-    mask: Tensor  # bool: where there is a response token
+    """(B,T) tensors of a micro-batch, a row per response, padded on the right with 0. What a tool
+    said is context alone: it has no place here."""
+    mask: Tensor  # bool: where there is a token that the policy drew
     old_logp: Tensor
     logp: Tensor  # with gradient
     entropy: Tensor
@@ -463,7 +474,8 @@ def token_stats(model, rollouts, flags) -> TokenStats:
     mask, old_logp = recorded(rollouts)
     sequences = [r.tokens for r in rollouts]
     prompt_lens = [r.prompt_len for r in rollouts]
-    now = model(*pack(sequences, prompt_lens, DEVICE), flags.temperature)
+    drawn = [r.drawn for r in rollouts]
+    now = model(*pack(sequences, prompt_lens, DEVICE, drawn), flags.temperature)
     padded = [torch.zeros(mask.shape, device=DEVICE, dtype=t.dtype) for t in now]
     return TokenStats(mask, old_logp, *(p.masked_scatter(mask, t) for p, t in zip(padded, now)))
 
@@ -474,7 +486,7 @@ def recorded(rollouts) -> tuple[Tensor, Tensor]:
     longest = max((r.length for r in rollouts), default=1)
     mask = torch.arange(longest, device=DEVICE) < lengths[:, None]
     # old_logp is there where the trainer computed it again: --old_logp trainer
-    flat = [logp for r in rollouts for logp in r.old_logp or r.logp]
+    flat = [logp for r in rollouts for logp in r.old_logp or r.own(r.logp)]
     flat = torch.tensor(flat, device=DEVICE, dtype=torch.float32)
     return mask, torch.zeros(mask.shape, device=DEVICE).masked_scatter(mask, flat)
 
@@ -515,7 +527,7 @@ def recompute_old_logp(run, rollouts, meter) -> None:
 # ---- Metrics -----------------------------------------------------------------------------------
 
 METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl
-grad_norm zero_groups truncated no_answer unparsable timeout error skipped refills pos_peak
+grad_norm zero_groups truncated calls failed_calls no_answer unparsable timeout error skipped refills pos_peak
 pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps update_tps seconds""".split()
 SHOWN = "reward eval length entropy clip_low clip_high rollout_tps".split()
 STATUSES = ("no_answer", "unparsable", "timeout", "error")
@@ -575,6 +587,8 @@ def describe(rollouts, flags) -> dict:
     return shares | {
         "reward": mean(r.score for r in rollouts), "length": mean(r.length for r in rollouts),
         "truncated": mean(not r.finished for r in rollouts),
+        "calls": mean(r.calls for r in rollouts),
+        "failed_calls": mean(r.failed_calls for r in rollouts),
         "zero_groups": mean(len({r.score for r in group}) == 1 for group in groups),
         "refills": len(groups) - flags.prompts}
 
@@ -864,7 +878,9 @@ def set_up(flags) -> Run:
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=flags.lr, betas=(0.9, flags.beta2), fused=True)
     end_ids = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
-    run = Run(flags, out, model, reference, tokenizer, end_ids, rewards.Scorer(workers=2),
+    tool = tools.make(flags.tool, data.facts_of(flags.data), flags.search_url,
+                      partial(data.passages, flags.data))
+    run = Run(flags, out, model, reference, tokenizer, end_ids, rewards.Scorer(workers=2), tool,
               questions, held_out, optimizer, log=None, stop=StopSignal())
     if checkpoint:
         restore(run, checkpoint)
@@ -1123,9 +1139,13 @@ def warm_start(model, tokenizer, flags) -> None:
             for step, some in enumerate(groups_of(demos, 128)):
                 optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / steps))
                 prompts = tokenizer([prompt for prompt, _ in some]).input_ids
-                answers = tokenizer([response for _, response in some]).input_ids
+                # Of a list, the odd parts are a tool's: context, not to be learnt.
+                parts = [[r] if isinstance(r, str) else r for _, r in some]
+                answers = tokenizer(["".join(response) for response in parts]).input_ids
+                drawn = [[i % 2 == 0 for i, part in enumerate(response) for _ in part]
+                         for response in parts]  # a token is a character
                 sequences = [p + r for p, r in zip(prompts, answers)]
-                logp, _, _ = model(*pack(sequences, [len(p) for p in prompts], DEVICE))
+                logp, _, _ = model(*pack(sequences, [len(p) for p in prompts], DEVICE, drawn))
                 (-logp.mean()).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -1330,11 +1350,13 @@ def check(flags) -> None:
 
 def fill_in(flags) -> None:
     """Defaults that depend on other flags or on the machine."""
+    if not flags.tool:
+        flags.tool = "facts" if data.facts_of(flags.data) else "none"
     if not flags.tokens_per_microbatch:
         flags.tokens_per_microbatch = 16384 if DEVICE.type == "cuda" else 4096
     if not flags.max_new_tokens and flags.data in data.TASKS and not flags.model:
         demos = data.demos(flags.data, 256, "skill") + data.demos(flags.data, 256, "habit")
-        flags.max_new_tokens = 2 * max(len(response) for _, response in demos)
+        flags.max_new_tokens = 2 * max(len("".join(response)) for _, response in demos)
     flags.max_new_tokens = flags.max_new_tokens or 1024
     if flags.model and (Path(flags.model) / "latest").is_file():
         flags.model = str(find_checkpoint(flags.model))  # a run's newest now, also after a resume

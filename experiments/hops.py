@@ -1,0 +1,145 @@
+"""A policy learns to search: ten seeds of `--data hops` and three controls; the figure of
+docs/tools.md.
+
+    python experiments/hops.py           # about 30 minutes of one core; started again, it goes on
+    python experiments/hops.py --draw    # figure and table again, from results/hops.json
+
+Controls: no tool; one search (--turns 2: the policy speaks, hears one reply, speaks once more); the
+tool's words not masked out of the loss: they are taken for the policy's own, which any framework
+does that keeps no mask by position. Their old log-probs are the trainer's there, as nobody drew
+them. Runs stand in runs/hops-NAME-SEED, and share the warm starts of their seeds.
+"""
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results/hops.json"
+FLAGS = "--data hops --steps 40 --eval_every 5"
+RUNS = {  # name: (its flags, color, seeds)
+    "search": ("", "#1f5a99", 10),
+    "no tool": ("--tool none", "#777777", 5),
+    "one search": ("--turns 2", "#c98a1b", 5),
+    "not masked": ("--old_logp trainer", "#b0413e", 5)}
+KEPT = ("step", "reward", "eval", "length", "calls", "entropy", "grad_norm", "sampler_kl",
+        "sampler_max")
+
+
+def train_not_masked(argv) -> None:
+    """train.py, but that the trainer takes every token behind the prompt for the policy's own."""
+    sys.path.insert(0, str(HERE.parent))
+    import train
+    converse = train.converse
+
+    def unmasked(*args, **how):
+        rollouts = converse(*args, **how)
+        for rollout in rollouts:
+            rollout.drawn = None
+        return rollouts
+    train.converse = unmasked
+    sys.argv = ["train.py", *argv]
+    train.main()
+
+
+def one_run(name, seed) -> dict:
+    out = Path(f"runs/hops-{name.replace(' ', '-')}-{seed}")
+    flags = f"{FLAGS} {RUNS[name][0]} --seed {seed} --out {out}".split()
+    if (out / "config.json").is_file():
+        flags.append("--resume")
+    program = [Path(__file__), "--not_masked"] if name == "not masked" else [HERE.parent / "train.py"]
+    began = cpu_seconds()
+    subprocess.run([sys.executable, *program, *flags], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    curve = [{key: json.loads(line)[key] for key in KEPT} for line in lines]
+    return {"name": name, "seed": seed, "flags": " ".join(flags),
+            "first": curve[0]["eval"], "last": curve[-1]["eval"],
+            "cpu_seconds": round(cpu_seconds() - began, 1), "curve": curve}
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def interval(values) -> str:
+    """Mean and 95 % interval over seeds (Student's t)."""
+    t = {4: 2.776, 9: 2.262}[len(values) - 1]
+    half = t * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+
+
+def table(runs) -> str:
+    lines = ["| | seeds | accuracy before | after | lowest | calls per question | own tokens |",
+             "|---|---|---|---|---|---|---|"]
+    for name in RUNS:
+        some = [run for run in runs if run["name"] == name]
+        last = [run["curve"][-1] for run in some]
+        lines.append(f"| {name} | {len(some)} | {interval([run['first'] for run in some])} | "
+                     f"{interval([run['last'] for run in some])} | "
+                     f"{min(run['last'] for run in some):.3f} | "
+                     f"{interval([m['calls'] for m in last])} | "
+                     f"{interval([m['length'] for m in last])} |")
+    return "\n".join(lines)
+
+
+def draw(runs) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2))
+    for name, (_, color, seeds) in RUNS.items():
+        axes[0].plot([], [], color=color, label=f"{name}, {seeds} seeds")
+        for run in runs:
+            if run["name"] != name:
+                continue
+            style = {"color": color, "lw": 1.2, "alpha": 0.7}
+            steps = [m["step"] for m in run["curve"]]
+            measured = [m for m in run["curve"] if m["eval"] is not None]
+            # the first line's is measured before its update
+            times = [m["step"] - (m["step"] == 1) for m in measured]
+            axes[0].plot(times, [m["eval"] for m in measured], **style)
+            axes[1].plot(steps, [m["calls"] for m in run["curve"]], **style)
+            axes[2].plot(steps, [m["length"] for m in run["curve"]], **style)
+    titles = {"held-out accuracy (sampled)": 1.02, "calls of the tool per question": None,
+              "own tokens (not masked: and the tool's)": None}
+    for axis, (title, top) in zip(axes, titles.items()):
+        axis.set_title(title)
+        axis.set_xlabel("step: 512 responses, 4 updates")
+        axis.set_ylim(0, top)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].axhline(0.1, color="gray", lw=0.8, ls=":")
+    axes[0].text(40, 0.11, "a guess", ha="right", fontsize=9, color="gray")
+    axes[1].axhline(2.5, color="gray", lw=0.8, ls=":")
+    axes[1].text(40, 2.55, "what the questions need", ha="right", fontsize=9, color="gray")
+    axes[0].legend(frameon=False, loc="center right")
+    figure.tight_layout()
+    figure.savefig(HERE / "figures/hops.png", dpi=100)
+
+
+def main():
+    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
+    done = {(run["name"], run["seed"]) for run in runs}
+    for name, (_, _, seeds) in RUNS.items():
+        for seed in range(seeds):
+            if "--draw" in sys.argv or (name, seed) in done:
+                continue
+            run = one_run(name, seed)
+            runs.append(run)
+            print(f"{name:10s} seed {seed}: {run['first']:.3f} -> {run['last']:.3f}  "
+                  f"{run['cpu_seconds']:.0f} s of CPU", flush=True)
+            RESULTS.write_text(json.dumps({"cpus": os.cpu_count(), "flags": FLAGS, "runs": runs}))
+    print(table(runs))
+    draw(runs)
+
+
+if __name__ == "__main__":
+    if "--not_masked" in sys.argv:
+        train_not_masked([flag for flag in sys.argv[1:] if flag != "--not_masked"])
+    else:
+        main()

@@ -1,0 +1,156 @@
+"""Tools that a policy may call while it writes (rollout.converse): texts of calls in, texts of
+replies out.
+
+    tool = facts(data.fact)                           # of the task `hops`: nothing to install
+    tool = search(passages)                           # BM25 in this process: pip install bm25s
+    tool = search(url="http://127.0.0.1:8000/retrieve")    # any server of Search-R1's kind
+    tool.ask(["kit.B"])                               # [(text, whether it failed)]
+
+Neither side is trusted. A call reaches a tool as one line of at most CALL characters; a reply comes
+back without the characters that our tags are made of and without control characters. A tool that
+raises, is late or answers something else costs its calls a short error text, and the run nothing.
+"""
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+
+CALL = 1000         # characters of a call
+REPLY = 6000        # characters of a reply: three passages of Wikipedia are some 2,000
+THREADS = 16        # parts of a batch that are asked at once
+BODY = 64 * 2**20   # bytes that a server may send
+
+
+@dataclass
+class Tool:
+    """What the policy writes between `open` and `close` is a call. The reply stands behind it,
+    between `reply_open` and `reply_close`."""
+    answer: Callable[[list[str]], list[str]]  # calls -> replies, one each
+    open: str
+    close: str
+    reply_open: str
+    reply_close: str
+    marks: str              # characters that no reply may hold, as tags are made of them
+    ends: tuple = ()        # texts that end a response: it has answered
+    part: int = 10**6       # calls that `answer` gets at once; parts are asked in parallel
+    seconds: float = 20.0   # for a whole batch of calls
+    error: str = "error"    # what the policy reads where there is no reply
+
+    def call_in(self, text) -> str | None:
+        """The call with which a turn ends; None if it ends in another way."""
+        before, closed, _ = text.partition(self.close)
+        _, opened, call = before.rpartition(self.open)
+        return call if opened and closed else None
+
+    def ask(self, calls) -> list[tuple[str, bool]]:
+        """(reply, whether the tool failed) for each call, within `seconds`."""
+        calls = [printable(call)[:CALL].strip() for call in calls]
+        asked = list(dict.fromkeys(calls))  # the samples of a prompt often ask the same
+        size = max(self.part, -(-len(asked) // THREADS))
+        replies = {}
+        threads = [threading.Thread(target=self.work, args=(asked[i:i + size], replies),
+                                    daemon=True)  # so that one can stop waiting for it
+                   for i in range(0, len(asked), size)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + self.seconds
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        replies = dict(replies)  # what comes from now on is too late
+        return [(replies.get(call, self.error), call not in replies) for call in calls]
+
+    def work(self, calls, replies):
+        try:
+            found = self.answer(calls)
+            if len(found) == len(calls):
+                replies.update(zip(calls, map(self.defused, found)))
+        except Exception:  # whatever a stranger's code or server does; it is counted
+            return
+
+    def defused(self, reply) -> str:
+        """A reply that cannot be taken for anything but text."""
+        reply = printable(reply[:REPLY])
+        return "".join(c for c in reply if c not in self.marks).strip()
+
+
+def printable(text) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def facts(fact) -> Tool:
+    """The tool of a small task, as data.fact of hops: `fact` is a function of one call."""
+    return Tool(lambda calls: [fact(call) for call in calls], "[", "]", "(", ")", marks="[]()#$",
+                error="?")
+
+
+# ---- Search: the tags of WAPO and Search-R1 ------------------------------------------------------
+
+TOP = 3  # passages of a reply
+
+
+def search(passages=(), url="") -> Tool:
+    """Over `passages` (texts), or at a server (url)."""
+    answer = bm25(passages) if not url else lambda calls: retrieve(url, calls)
+    return Tool(answer, "<search>", "</search>", "\n\n<information>", "</information>\n\n",
+                marks="<>", ends=("</answer>",), part=16 if url else 10**6, seconds=60.0,
+                error="the search failed; try again, or answer")
+
+
+def bm25(passages):
+    """The classic ranking by words in common, in this process."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError("--tool search needs a package: pip install bm25s; or give --search_url "
+                         "a server") from None
+    quiet = {"show_progress": False}
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(passages, **quiet), **quiet)
+
+    def answer(calls):
+        found, _ = index.retrieve(bm25s.tokenize(calls, **quiet), k=min(TOP, len(passages)),
+                                  **quiet)
+        return [shown(passages[i] for i in best) for best in found]
+    return answer
+
+
+def retrieve(url, calls) -> list[str]:
+    """Of a Search-R1 server: {"result": [[{"document": {"contents": text}, "score": s}, ..], ..]},
+    a list for each query."""
+    question = {"queries": calls, "topk": TOP, "return_scores": True}
+    request = urllib.request.Request(url, json.dumps(question).encode(),
+                                     {"Content-Type": "application/json"})
+    body = b""
+    late = time.monotonic() + 60
+    with urllib.request.urlopen(request, timeout=30) as response:
+        while some := response.read1(2**16):
+            body += some
+            if len(body) > BODY or time.monotonic() > late:
+                raise OSError("too much, or too slow")
+    found = json.loads(body)["result"]
+    return [shown(hit["document"]["contents"] for hit in best[:TOP]) for best in found]
+
+
+def shown(passages) -> str:
+    return "\n\n".join(" ".join(passage.split()) for passage in passages)
+
+
+# ---- By name -------------------------------------------------------------------------------------
+
+KINDS = ("none", "facts", "search")
+
+
+def make(kind, fact=None, url="", passages=list) -> Tool | None:
+    """The tool of --tool. fact: what facts() needs, if the task has it; passages: a function that
+    loads them."""
+    if kind not in KINDS:
+        raise ValueError(f"--tool {kind}: choose from {', '.join(KINDS)}")
+    if kind == "facts" and not fact:
+        raise ValueError("--tool facts: this --data has no facts, hops has; choose none or search")
+    if url and not url.startswith(("http://", "https://")):  # urllib would open a file:// as well
+        raise ValueError(f"--search_url {url}: a server is needed, as http://127.0.0.1:8000/retrieve")
+    if kind == "facts":
+        return facts(fact)
+    return search(() if url else passages(), url) if kind == "search" else None
