@@ -150,7 +150,7 @@ def make(kind, fact=None, url="", passages=list) -> Tool | None:
     if kind == "facts" and not fact:
         raise ValueError("--tool facts: this --data has no facts, hops has; choose none or search")
     if url and not url.startswith(("http://", "https://")):  # urllib would open a file:// as well
-        raise ValueError(f"--search_url {url}: a server is needed, as http://127.0.0.1:8000/retrieve")
+        raise ValueError(f"--search_url {url}: must begin with http:// or https://")
     if kind == "facts":
         return facts(fact)
     return search(() if url else passages(), url) if kind == "search" else None

@@ -527,8 +527,9 @@ def recompute_old_logp(run, rollouts, meter) -> None:
 # ---- Metrics -----------------------------------------------------------------------------------
 
 METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl
-grad_norm zero_groups truncated calls failed_calls no_answer unparsable timeout error skipped refills pos_peak
-pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps update_tps seconds""".split()
+grad_norm zero_groups truncated calls failed_calls no_answer unparsable timeout error skipped
+refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps update_tps
+seconds""".split()
 SHOWN = "reward eval length entropy clip_low clip_high rollout_tps".split()
 STATUSES = ("no_answer", "unparsable", "timeout", "error")
 

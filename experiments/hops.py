@@ -50,7 +50,9 @@ def one_run(name, seed) -> dict:
     flags = f"{FLAGS} {RUNS[name][0]} --seed {seed} --out {out}".split()
     if (out / "config.json").is_file():
         flags.append("--resume")
-    program = [Path(__file__), "--not_masked"] if name == "not masked" else [HERE.parent / "train.py"]
+    program = [HERE.parent / "train.py"]
+    if name == "not masked":
+        program = [Path(__file__), "--not_masked"]
     began = cpu_seconds()
     subprocess.run([sys.executable, *program, *flags], check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
