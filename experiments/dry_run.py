@@ -134,10 +134,10 @@ def measure(raw, gpus, flags, dtype=torch.bfloat16) -> dict:
     mine = math.ceil(flags.prompts / gpus) * prompt
     prompts = packed([prompt] * math.ceil(min(mine, rollout.PREFILL_TOKENS) / prompt), prompt)
     with pretended(gpus, flags.shards_per_replica or gpus, dtype) as mesh:
+        torch.set_default_dtype(dtype if flags.lora else torch.float32)
         model = Model(Config.from_dict(raw))
-        if flags.lora:  # as train.load_model has it
-            if dtype != torch.float32:  # a tensor without data cannot be swapped for itself
-                model.to(dtype)
+        torch.set_default_dtype(torch.float32)
+        if flags.lora:
             model.add_lora(flags.lora, flags.lora_alpha, flags.model)
         train.shard(model, mesh, flags.offload)
         model.recompute = flags.recompute
@@ -278,18 +278,19 @@ def report(gpus, flags) -> dict:
 WORKLOAD = "--prompts 128 --samples 8 --updates 2 --max_new_tokens 3072"
 LADDER = ("", "--recompute", "--recompute --tokens_per_microbatch 4096",
           "--recompute --tokens_per_microbatch 4096 --offload")
+LORA_LADDER = (*LADDER[:3], "--recompute --tokens_per_microbatch 4096 --kv_tokens 40960")
 SIZES = ("update", "resident", "prefill", "host")
 
 
 def table() -> list[dict]:
-    """Of each model on one and eight cards the first of LADDER that fits, as Markdown and in
-    experiments/results/dry_run.json."""
+    """Of each model on one and eight cards the first of LADDER that fits, and with LoRA on one; as
+    Markdown and in experiments/results/dry_run.json."""
     found = []
     for gpus, lora in ((1, ""), (8, ""), (1, "--lora 8")):
         print(f"\n| {gpus} x {lora} | " + " | ".join(CARDS) + " |\n|---" + "|---" * len(CARDS) + "|")
         for name in SHAPES:
             raw, cells = architecture(name), dict.fromkeys(CARDS)
-            for turned in LADDER:
+            for turned in LORA_LADDER if lora else LADDER:
                 asked = f"--model {name} {WORKLOAD} {lora} {turned}"
                 flags = parse(gpus, asked.split())
                 m = measure(raw, gpus, flags)
