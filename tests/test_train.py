@@ -1140,7 +1140,6 @@ def copy_a_picture(out, *_):
     shutil.copy(ROOT / "experiments/figures/objectives.png", out / "curves.png")
 
 
-@pytest.mark.slow  # it starts a server of its own
 def test_wandb_offline(run, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
