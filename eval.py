@@ -468,7 +468,7 @@ def parse(argv):
     add("--list", action="store_true", help="print suites and tasks, and stop")
     args, rest = parser.parse_known_args(argv)
     if rest:
-        flags = [f"--{name}" for name in vars(args)]
+        flags = [f"--{name}" for name in vars(args) if name != "checkpoint"]
         fail(data.nearest(rest[0].split("=")[0], flags, "flag"))
     if not args.checkpoint and not args.list:
         fail("which checkpoint? give a run directory, a checkpoint directory or a hub id")
