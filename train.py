@@ -929,18 +929,20 @@ def introduce(run) -> None:
 
 
 def memory_plan(run) -> str:
-    flags = run.flags
-    of_each = 16 + 4 * (run.reference not in (None, run.model))  # bytes of float32, see below
-    size = 0
-    for p in run.model.parameters():  # frozen ones are whole on every rank
-        size += p.numel() * (of_each / (flags.shards_per_replica or WORLD) if p.requires_grad
-                             else p.element_size())
+    flags, size = run.flags, 0
+    # float32 each: itself, its gradient, Adam's two numbers, and what it was at the start
+    copies = 4 if run.reference in (None, run.model) else 5
+    for p in run.model.parameters():
+        if p.requires_grad:
+            size += 4 * copies * p.numel() / (flags.shards_per_replica or WORLD)
+        else:  # frozen ones are whole on every rank
+            size += p.element_size() * p.numel()
     cache = "60 % of what is free" if DEVICE.type == "cuda" else "2 GiB"
     if flags.kv_tokens:
         cache = f"{flags.kv_tokens:,} tokens"
-    return (f"memory of a rank: {size / 2**30:.3g} GiB of weights, gradients, Adam's two moments"
-            f"{', an initial model' if of_each > 16 else ''}{' (on the CPU)' * flags.offload}; "
-            f"a KV cache of up to {cache}; {flags.tokens_per_microbatch:,} tokens a forward pass")
+    return (f"memory of a rank: {size / 2**30:.3g} GiB of weights, gradients and Adam's numbers, "
+            f"a KV cache of up to {cache}, forward passes over {flags.tokens_per_microbatch:,} "
+            "tokens")
 
 
 def open_run(flags) -> Path:

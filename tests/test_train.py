@@ -1231,7 +1231,7 @@ def test_the_first_lines_say_what_comes(run, capsys):
     assert "6 x 8 responses of up to 6 tokens, 288 at most" in work and "before the first" in work
     said = float(memory.split()[4]) * 2**30
     assert said == pytest.approx(5 * 4 * count, rel=0.01)  # float32: w, gradient, 2 moments, start
-    assert "KV cache of up to 2 GiB; 4,096 tokens a forward pass" in memory
+    assert "KV cache of up to 2 GiB, forward passes over 4,096 tokens" in memory
 
 
 def test_long_updates_show_where_they_are(run, monkeypatch, capsys):
