@@ -50,6 +50,7 @@ class Rollout:
     group: int = 0  # the prompt it answers
     advantage: float = 0.0
     pass_rate: float = 0.0  # mean score of its group
+    group_won: bool = False  # whether any advantage in it is above 0
     old_logp: list[float] | None = None  # where the ratio's denominator is not the sampler's
     drawn: list[bool] | None = None  # of each response token: the policy's, not a tool's; None: all
     calls: int = 0  # of a tool

@@ -81,10 +81,9 @@ def train(run: "Run") -> None:
         meter, norms = Meter(tokens), []
         if flags.old_logp == "trainer":
             recompute_old_logp(run, rollouts, meter)
-        won = winning_groups(rollouts) / flags.updates if by_samples(flags) else None
         for extra in passes:
             for minibatch in minibatches(rollouts, flags):
-                norms.append(update(run, minibatch, extra, meter, not norms, won))
+                norms.append(update(run, minibatch, extra, meter, first=not norms))
         update_seconds = time.time() - began - rollout_seconds
 
         # Log, evaluate, save.
@@ -324,7 +323,7 @@ def whole_weights(model):
 # ---- Advantage ---------------------------------------------------------------------------------
 
 def assign_advantages(rollouts, flags) -> None:
-    """Sets .advantage and .pass_rate of every rollout."""
+    """Sets .advantage, .pass_rate and .group_won of every rollout."""
     scores = torch.tensor([r.score for r in rollouts])
     lengths = torch.tensor([r.length for r in rollouts])
     reward = scores
@@ -334,10 +333,12 @@ def assign_advantages(rollouts, flags) -> None:
         reward = scores - over.clamp(min=0) / flags.overlong_buffer
     kind = flags.advantage or losses.OBJECTIVES[flags.loss].advantage
     advantages = losses.advantages(reward, flags.samples, kind, lengths)
-    pass_rates = scores.view(-1, flags.samples).mean(1).repeat_interleave(flags.samples)
-    for rollout, advantage, rate in zip(rollouts, advantages.tolist(), pass_rates.tolist()):
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
         rollout.advantage = advantage
-        rollout.pass_rate = rate
+    for group in groups_of(rollouts, flags.samples):
+        for rollout in group:
+            rollout.pass_rate = mean(r.score for r in group)
+            rollout.group_won = any(r.advantage > 0 for r in group)
 
 
 # ---- Learning ----------------------------------------------------------------------------------
@@ -371,22 +372,18 @@ def by_samples(flags) -> bool:
     return (flags.minibatch or losses.OBJECTIVES[flags.loss].minibatch) == "samples"
 
 
-def winning_groups(rollouts) -> int:
-    return len({r.group for r in rollouts if r.advantage > 0})
-
-
-def update(run, minibatch, extra, meter, first=False, won=None) -> float:
+def update(run, minibatch, extra, meter, first=False) -> float:
     """One gradient step on a mini-batch, which every rank holds whole; each takes its own
     micro-batches. `extra`: hyper-parameters of this pass. `first`: nothing has been updated since
-    the rollout. `won`: where groups are split, this mini-batch's share of those that won. Returns
-    the gradient norm; where it is not finite, the step was skipped."""
+    the rollout. Returns the gradient norm; where it is not finite, the step was skipped."""
     flags, objective = run.flags, losses.OBJECTIVES[run.flags.loss]
     hyper = flags.hyperparameters() | extra
     parts = microbatches(minibatch, flags.tokens_per_microbatch)
     barrier()
     # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
     totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
-              "winning_groups": winning_groups(minibatch) if won is None else won}
+              # of a group that is spread over mini-batches, each has a part
+              "winning_groups": sum(r.group_won for r in minibatch) / flags.samples}
     if objective.statistics and flags.acpo_stats == "batch":
         totals["statistics"] = statistics(run, objective, parts, hyper, first)
 

@@ -1015,10 +1015,9 @@ def test_wapo_is_its_repositorys(winners):
     train.assign_advantages(rollouts, flags)
     optimizer = KeepGradients(model)
     run = SimpleNamespace(flags=flags, model=model, reference=None, optimizer=optimizer, step=1)
-    won = train.winning_groups(rollouts) / K
     ours = []
     for minibatch in train.minibatches(rollouts, flags):
-        train.update(run, minibatch, {}, train.Meter(), won=won)
+        train.update(run, minibatch, {}, train.Meter())
         ours.append(optimizer.seen)
 
     rows = [rollouts[p * n + k] for k in range(n) for p in range(P)]  # sample-major
