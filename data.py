@@ -196,7 +196,7 @@ def minitable_demo(rng, prompt, answer, phase):
 
 
 RELATIONS = "BFN"  # somebody's boss, friend, neighbour: a name
-LETTERS = ("bdfgklmnprstvz", "aeiou", "klmnrst")  # of a name such as "kit"
+LETTERS = ("bdfgklmnprstvz", "aeiou", "bdfgklmnprstvz")  # of a name such as "kit"
 
 
 def fact(call):

@@ -22,9 +22,9 @@ RESULTS = HERE / "results/hops.json"
 FLAGS = "--data hops --steps 40 --eval_every 5"
 RUNS = {  # name: (its flags, color, seeds)
     "search": ("", "#1f5a99", 10),
-    "no tool": ("--tool none", "#777777", 5),
-    "one search": ("--turns 2", "#c98a1b", 5),
-    "not masked": ("--old_logp trainer", "#b0413e", 5)}
+    "no tool": ("--tool none", "#777777", 4),
+    "one search": ("--turns 2", "#c98a1b", 4),
+    "not masked": ("--old_logp trainer", "#b0413e", 4)}
 KEPT = ("step", "reward", "eval", "length", "calls", "entropy", "grad_norm", "sampler_kl",
         "sampler_max")
 
@@ -70,7 +70,7 @@ def cpu_seconds() -> float:
 
 def interval(values) -> str:
     """Mean and 95 % interval over seeds (Student's t)."""
-    t = {4: 2.776, 9: 2.262}[len(values) - 1]
+    t = {3: 3.182, 9: 2.262}[len(values) - 1]
     half = t * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
 

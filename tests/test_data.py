@@ -17,14 +17,14 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 from data import Problem  # noqa: E402
 
-TASKS = ["chainsum", "countdown", "minitable"]
+TASKS = ["chainsum", "countdown", "minitable", "hops"]
 
 
 # ---- Procedural tasks: the prompts read by other code than that which wrote them -----------------
 
 def canonical(name, prompt):
     """What makes two problems the same one; not the key that data.py splits by."""
-    if name == "chainsum":
+    if name in ("chainsum", "hops"):
         return prompt
     if name == "countdown":
         return tuple(sorted(prompt.split(" ->")[0].split()))
@@ -161,14 +161,14 @@ def test_questions_on_one_puzzle_share_a_group(name):
 def test_graders_accept_the_gold_and_demonstrations(name):
     """A task whose gold its grader refuses can never be learnt. Slips leave chainsum 0.6 of its
     worked demonstrations right, the others 0.92; a guess is rarely right."""
-    few = (0.5, 0.8) if name == "chainsum" else (0.88, 0.96)
+    few = (0.5, 0.8) if name == "chainsum" else (0.7, 0.9) if name == "hops" else (0.88, 0.96)
     task = data.TASKS[name]
     for phase, (low, high) in (("skill", few), ("habit", (0.02, 0.3))):
         rng = random.Random(phase)
         scores = []
         for _ in range(500):
             _, prompt, answer = data.draw(name, rng, "train")
-            response = task.demo(rng, prompt, answer, phase)
+            response = "".join(task.demo(rng, prompt, answer, phase))
             assert response.endswith("$") and set(prompt + response) <= set(task.chars)
             scores.append(rewards.score(task.grader, response, **answer))
         assert low < sum(scores) / 500 < high, (phase, sum(scores))
@@ -195,6 +195,28 @@ def test_habits_mostly_guess():
     pairs = data.demos("countdown", 1000, "habit")
     boxes = [r for _, r in pairs if re.fullmatch(r"\\boxed\{[^}]*\}\$", r)]
     assert abs(len(boxes) / 1000 - 0.93) < 0.03
+
+
+def test_hops_demonstrations_ask_link_by_link_and_the_tool_says_the_truth():
+    calls, slips, habit = [], [], data.demos("hops", 2000, "habit")
+    for prompt, parts in data.demos("hops", 1000):
+        name, *chain = prompt[:-1].split(".")
+        assert chain[-1] == "R" and len(parts) == 2 * len(chain) + 1
+        calls.append(len(chain))
+        for relation, asked, said in zip(chain, parts[::2], parts[1::2]):
+            assert said == f"({data.fact(asked[1:-1])})" != "(?)"
+            slips.append(asked != f"[{name}.{relation}]")
+            name = said[1:-1]
+    assert set(calls) == {2, 3} and 0.03 < sum(slips) / len(slips) < 0.09
+    guesses = [parts[0] for _, parts in habit if len(parts) == 1]
+    assert abs(len(guesses) / 2000 - 0.93) < 0.02
+    assert set(guesses) == {f"#{digit}$" for digit in range(10)}
+
+
+def test_the_answers_of_hops_are_ten_and_equally_likely():
+    """No answer is a good guess."""
+    answers = [p.answer["answer"] for p in data.load("hops", n=3000)]
+    assert max(map(answers.count, "0123456789")) < 0.13 * 3000 and len(set(answers)) == 10
 
 
 def test_countdown_demonstrations_show_true_values():
@@ -431,6 +453,8 @@ TABLE_TEXT = ("milk\n\n|  | men | men | women | women |\n|---|---|---|---|---|\n
               "|  | 2004 | 2015 | 2004 | 2015 |\n| milk | 13.3 | 11 | 1/2 | 9 |\n\nhow much?")
 HITAB = {"table_id": "1000", "question": "how much?", "answer": "[13.3]",
          "table_content": repr(TABLE)}
+HOTPOT = {"context": {"title": ["A", "B"], "sentences": [["One. ", "Two."], ["Three."]]},
+          "answer": "Ada", "question": "Who?"}  # `question` last: a test takes it away
 KK = {"quiz": "Q", "names": ["Zoey", "Max"], "solution": [False, True]}
 
 
@@ -456,6 +480,7 @@ CASES = {  # name, split -> a row as the hub has it, (prompt, answer, task, grou
     ("hitab", "test"): (HITAB, (TABLE_TEXT, {"answer": [13.3]}, "tableqa", "hitab-1000")),
     ("kk_hub", "test"): (
         KK, ("Q", {"answer": {"Zoey": "knave", "Max": "knight"}}, "kk", "")),
+    ("hotpotqa", "test"): (HOTPOT, ("Who?", {"answer": ["Ada"]}, "search", "")),
     ("minerva", "test"): ({"problem": "M", "answer": ["6630.65\n", "6630\n"]},
                           ("M", *math(["6630.65", "6630"]))),
     ("olympiadbench", "test"): (
@@ -514,6 +539,15 @@ def test_numina_keeps_words_and_choices_whose_answer_is_a_plain_number(hub):
     kept = {p.prompt: p.answer["answer"] for p in data.load("numina_lean_math")}
     plain = ["25", "-3", "+7", "0.5", "3/4", "1 000", "12,5"]
     assert kept == {f"{kind} {answer}": answer for kind in kinds[:2] for answer in plain}
+
+
+def test_the_passages_of_hotpotqa_are_those_of_all_splits_each_once(hub):
+    hub("hotpotqa", "train", [HOTPOT], count=1)
+    hub("hotpotqa", "test", [HOTPOT], count=1)
+    assert data.passages("hotpotqa") == ["A: One. Two.", "B: Three."]
+    assert [part for _, _, part, _ in hub.calls] == ["train", "validation"][-len(hub.calls):]
+    with pytest.raises(ValueError, match="gsm8k has no passages .hotpotqa has.; give --search_url"):
+        data.passages("gsm8k")
 
 
 def test_row_counts_are_checked(hub):
@@ -695,13 +729,13 @@ def test_stop_strings():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_says_what_its_grader_reads(name):
-    mark = {"chainsum": "#7$", "countdown": "\\boxed{"}.get(name, "<answer>")
+    mark = {"chainsum": "#7$", "hops": "#7$", "countdown": "\\boxed{"}.get(name, "<answer>")
     for p in data.load(name, "test", 3):
         assert render(p, "none") == p.prompt
         for template in ("orz", "r1", "tinyzero", "qwen_math", "plain"):
             text = render(p, template)
             assert mark in text and "{question}" not in text and "{how}" not in text
-            assert p.prompt in text or name != "minitable"
+            assert p.prompt in text or name not in ("minitable", "hops")
 
 
 def test_braces_in_a_question_survive_and_a_box_is_asked_for_once():
@@ -774,7 +808,7 @@ def test_chat_templates_of_strangers(template, words, monkeypatch):
 def test_char_tokenizers_round_trip_and_reload(name, tmp_path):
     built = data.char_tokenizer(name)
     built.save_pretrained(tmp_path)
-    texts = [p + r for phase in ("skill", "habit") for p, r in data.demos(name, 40, phase)]
+    texts = [p + "".join(r) for phase in ("skill", "habit") for p, r in data.demos(name, 40, phase)]
     for tokenizer in (built, data.load_tokenizer(tmp_path)):
         assert tokenizer.eos_token is None and tokenizer.pad_token == "_"
         end = tokenizer.convert_tokens_to_ids("$")

@@ -101,6 +101,54 @@ def row(id="a", sample=0, score=0.0, group="", status="ok", **more):
             "score": score, "status": status, **more}
 
 
+# ---- With a tool ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def talking(tmp_path):
+    """The run of a policy with random weights, some of whose nonsense is a call."""
+    tokenizer = data.char_tokenizer("hops")
+    config = dict(model_type="qwen2", vocab_size=len(tokenizer), hidden_size=32,
+                  intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                  num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=512,
+                  eos_token_id=tokenizer.convert_tokens_to_ids("$"))
+    step = tmp_path / "talking/step-000001"
+    Model.from_scratch(config, 5).save_pretrained(step)
+    tokenizer.save_pretrained(step)
+    (tmp_path / "talking/latest").write_text(step.name)
+    flags = train.Flags(data="hops", tool="facts", turns=3, max_new_tokens=99, template="none")
+    (tmp_path / "talking/config.json").write_text(json.dumps(dataclasses.asdict(flags)))
+    return tmp_path / "talking"
+
+
+def test_the_runs_tool_is_there_and_its_calls_are_counted(talking, call, tmp_path):
+    how = ("--limit", 24, "--n", 4)
+    call(*how, checkpoint=talking)
+    rows = rows_of(talking, "samples_hops")
+    found = results_of(talking)["hops"]
+    assert sum(row["calls"] for row in rows) / len(rows) == pytest.approx(found["calls"])
+    assert 0 < found["calls"] and max(row["calls"] for row in rows) <= 2  # three turns
+    assert found["failed_calls"] == 0
+    for r in rows:  # graded is what the policy wrote, people see what the tool said
+        assert len(r["response"]) == r["length"]
+        assert (r["response"] == r["turns"]) == (r["calls"] == 0)
+    before = (talking / "samples_hops.jsonl").read_text()
+    call(*how, checkpoint=talking)  # all of it is there already
+    assert (talking / "samples_hops.jsonl").read_text() == before
+    call(*how, "--tool", "none", "--out", tmp_path / "none", checkpoint=talking)
+    assert "calls" not in results_of(tmp_path / "none")["hops"]
+    assert "calls" not in rows_of(tmp_path / "none", "samples_hops")[0]
+    call(*how, "--turns", 1, "--out", tmp_path / "one", checkpoint=talking)
+    assert results_of(tmp_path / "one")["hops"]["calls"] == 0
+
+
+def test_a_tool_is_for_one_task(talking, refused):
+    assert "--tool facts: give one of --tasks" in refused("--tasks", "hops,chainsum",
+                                                          checkpoint=talking)
+    assert "--tool facts: this --data has no facts" in refused("--tasks", "chainsum",
+                                                               checkpoint=talking)
+    assert "--tool fats" in refused("--tool", "fats", checkpoint=talking)
+
+
 # ---- Statistics ----------------------------------------------------------------------------------
 
 @given(st.integers(1, 8), st.data())

@@ -752,6 +752,32 @@ def test_qa(text, answer, metric, expected):
     assert graded("qa", text, answer=answer, metric=metric) == pytest.approx(expected)
 
 
+# ---- Questions that take a search tool: what the policy wrote, turn by turn ------------------------
+
+ASK = "<think>who?</think> <search>Ada</search>"
+SAY = "\n<think>so</think>\n<answer>Ada Lovelace</answer>"
+
+
+@pytest.mark.parametrize("text, expected", [
+    (ASK + SAY, 1.0),
+    (ASK + ASK + SAY.replace("Ada L", "L"), (2 / 3 + 0.3) / 1.3),
+    (ASK + SAY + "x", (1 + 0.15) / 1.3),  # one turn of two is in order
+    (ASK + SAY.replace("so", " "), (1 + 0.15) / 1.3),
+    (ASK + SAY.replace("so", "<b>so</b>"), (1 + 0.15) / 1.3),
+    (ASK.replace("Ada", " ") + SAY, (1 + 0.15) / 1.3),
+    (ASK + SAY.replace("<think>so</think>", ""), (1 + 0.15) / 1.3),
+    (ASK + ASK, 0.3 / 1.3),  # the turns are over
+    (SAY, 1 / 1.3),  # never searched
+    (ASK.replace("think", "thnk"), "no_answer"), (ASK, "no_answer"), ("", "no_answer"), ("<answer></answer>", "no_answer"),
+    (SAY + ASK + ASK, (1 + 0.15) / 1.3)])  # an answer before the last turn is out of order
+def test_search(text, expected):
+    value, status = rewards.grade("search", text, answer=["Ada Lovelace"])
+    if expected == "no_answer":
+        assert (value, status) == (0.0, expected)
+    else:
+        assert value == pytest.approx(expected) and status == "ok"
+
+
 # ---- Exact answers: WAPO's two mathematical tasks ------------------------------------------------
 
 FORM = re.compile(r"^\s*<think>(.+?)</think>\s*Answer:\s*(.+?)\s*$", re.DOTALL)  # the repository's

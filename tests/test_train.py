@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import data
 import losses
 import train
-from model import Model
+from model import Model, pack
 from rollout import Rollout
 
 ROOT = Path(__file__).parent.parent
@@ -829,6 +829,16 @@ def rollouts_for(count, samples=4, seed=0):
     return rollouts
 
 
+def talks_for(count):
+    """The same, with a tool's tokens among them; a policy has the first word."""
+    rollouts = rollouts_for(count)
+    for r in rollouts:
+        r.drawn = [True, *(token % 3 > 0 for token in r.tokens[r.prompt_len + 1:])]
+        r.logp = [logp if own else 0.0 for logp, own in zip(r.logp, r.drawn)]
+    assert sum(r.length for r in rollouts) < sum(len(r.logp) for r in rollouts) - 10
+    return rollouts
+
+
 def small_net(seed=1, **more):
     config = dict(model_type="qwen2", vocab_size=16, hidden_size=16, intermediate_size=32,
                   num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3)
@@ -876,11 +886,13 @@ def test_micro_batches_change_neither_gradients_nor_metrics(name):
         assert metrics_parts == pytest.approx(metrics_whole, rel=1e-4, abs=1e-6), budget
 
 
-def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch():
-    """Against one padded forward pass: temperature, mask, reference and scale are right."""
+@pytest.mark.parametrize("rollouts", [rollouts_for(12), talks_for(12)])
+def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch(rollouts):
+    """Against one padded forward pass: temperature, mask, reference and scale are right, also where
+    a tool speaks: its tokens are in no denominator."""
     flags = train.Flags(loss="grpo", samples=4, tokens_per_microbatch=30, max_new_tokens=16,
                         clip_norm=0, temperature=0.7, kl_beta=0.1)
-    model, reference, rollouts = small_net(), small_net(seed=2), rollouts_for(12)
+    model, reference = small_net(), small_net(seed=2)
     train.assign_advantages(rollouts, flags)
     optimizer = KeepGradients(model)
     run = SimpleNamespace(flags=flags, model=model, reference=reference, step=1,
@@ -891,7 +903,7 @@ def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch():
     ids = torch.tensor([r.tokens + [0] * (width - len(r.tokens)) for r in rollouts])
     mask, old_logp = torch.zeros(12, width - 1), torch.zeros(12, width - 1)
     for i, r in enumerate(rollouts):
-        mask[i, r.prompt_len - 1:len(r.tokens) - 1] = 1
+        mask[i, r.prompt_len - 1:len(r.tokens) - 1] = torch.tensor(r.drawn or [1] * r.length)
         old_logp[i, r.prompt_len - 1:len(r.tokens) - 1] = torch.tensor(r.logp)
 
     def logp(net):
@@ -952,6 +964,96 @@ def test_the_stop_token_is_trained_and_token_values_decide_nothing():
                                  tokens.mask)
     loss.backward()
     assert model.lm_head.weight.grad[3].abs().max() > 0
+
+
+def gradient_by_token(rollouts):
+    """For each response token, the largest entry of the loss's gradient at the hidden state that
+    predicts it: all that its log-prob can teach goes through there."""
+    flags = train.Flags(loss="grpo", samples=4, tokens_per_microbatch=10**6, max_new_tokens=16,
+                        kl_beta=0.1)
+    model, seen = small_net(), []
+    run = SimpleNamespace(flags=flags, model=model, reference=small_net(seed=2), step=1,
+                          optimizer=KeepGradients(model))
+    train.assign_advantages(rollouts, flags)
+    model.norm.register_forward_hook(
+        lambda norm, x, hidden: hidden.register_hook(seen.append) and None)
+    rollouts, = train.microbatches(rollouts, 10**6)
+    assert train.update(run, rollouts, {}, train.Meter()) > 1e-3
+    _, rows, _ = pack([r.tokens for r in rollouts], [r.prompt_len for r in rollouts], "cpu")
+    at = [row[r.prompt_len - 1:] for r, row in zip(rollouts, rows)]
+    return rollouts, [[seen[0][place].abs().max().item() for place in places] for places in at]
+
+
+def test_what_a_tool_says_has_no_gradient():
+    """Exactly none; and a single token of it that were taken for the policy's own would have."""
+    rollouts, gradient = gradient_by_token(talks_for(12))
+    for r, values in zip(rollouts, gradient, strict=True):
+        assert [value > 0 for value in values] == r.drawn
+        assert max(values) > 1e-4
+    forged = talks_for(12)
+    r = next(r for r in forged if not all(r.drawn))
+    place = r.drawn.index(False)
+    r.drawn[place] = True
+    rollouts, gradient = gradient_by_token(forged)
+    assert gradient[rollouts.index(r)][place] > 1e-4
+
+
+def test_the_trainers_own_log_probs_take_the_places_of_the_policys_tokens():
+    """--old_logp trainer: as many as the policy drew, and each at its own token."""
+    rollouts, model = talks_for(12), small_net()
+    run = SimpleNamespace(flags=train.Flags(tokens_per_microbatch=30), model=model)
+    train.recompute_old_logp(run, rollouts, train.Meter())
+    for r in rollouts:
+        z = model(torch.tensor([r.tokens]))[0].log_softmax(-1)
+        places = [i for i, own in enumerate(r.drawn, r.prompt_len) if own]
+        expected = torch.stack([z[i - 1, r.tokens[i]] for i in places])
+        assert torch.allclose(torch.tensor(r.old_logp), expected, atol=1e-5)
+    _, old_logp = train.recorded(rollouts)
+    assert old_logp[0, :rollouts[0].length].tolist() == pytest.approx(rollouts[0].old_logp)
+
+
+def test_replies_count_towards_too_long_and_not_towards_length():
+    one = Rollout([1, 2, 3, 4], 1, [-1.0, 0.0, 0.0], True, drawn=[True, False, False])
+    two = Rollout([1, 2], 1, [-1.0], True)
+    train.assign_advantages([one, two], train.Flags(samples=2, max_new_tokens=4, overlong_buffer=2,
+                                                    advantage="reward", loss="gpg"))
+    assert (one.length, two.length) == (1, 1)
+    assert (one.advantage, two.advantage) == (-0.5, 0.0)
+
+
+TALKING = """--data hops --width 32 --layers 1 --skill_steps 80 --habit_steps 0 --prompts 6
+--samples 8 --updates 2 --eval_problems 8 --lr 0.003 --warmup 3 --max_new_tokens 60""".split()
+
+
+def test_a_policy_with_a_tool_resumes_and_is_shared_by_ranks(run, tmp_path):
+    run(*TALKING, "--steps", 4, "--out", "whole")
+    assert_learned("whole")
+    assert all(m["calls"] > 0.5 and m["failed_calls"] == 0 for m in metrics("whole"))
+    assert all(m["sampler_kl"] < 1e-9 and m["sampler_max"] < 5e-5 for m in metrics("whole"))
+    run(*TALKING, "--steps", 2, "--out", "r")
+    run("--out", "r", "--resume", "--steps", 4)
+    assert_same_runs("whole", "r")
+    finish(start(tmp_path, *TALKING, "--steps", 4, "--out", "two", world=2))
+    assert_close_runs("whole", "two", 2e-4)
+    for one, other in zip(metrics("whole"), metrics("two")):
+        assert (one["calls"], one["length"]) == (other["calls"], other["length"])
+    run(*TALKING, "--steps", 2, "--out", "none", "--tool", "none")
+    assert all(m["calls"] == 0 for m in metrics("none"))
+
+
+def test_what_a_tool_says_is_not_graded(run, monkeypatch):
+    """A reply that holds the answer, and one that holds the right form of it."""
+    monkeypatch.setattr(train.tools.Tool, "defused", lambda tool, reply: f"#{reply}$")
+    graded = []
+    real = train.rewards.Scorer.__call__
+
+    def noted(scorer, items):
+        graded.extend(text for _, text, _ in items)
+        return real(scorer, items)
+    monkeypatch.setattr(train.rewards.Scorer, "__call__", noted)
+    run(*TALKING, "--steps", 1, "--out", "r")
+    assert metrics("r")[0]["calls"] > 0.5
+    assert any("][" in text for text in graded) and not any("(#" in text for text in graded)
 
 
 def test_groups_never_mix(run, monkeypatch):
