@@ -331,8 +331,7 @@ class OneDNN(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """W x + b; after Model.add_lora(), with adapters A (rank,in) and B (out,rank), W + scale B A
-    takes the place of W."""
+    """W x + b; after Model.add_lora(), with A (rank,in) and B (out,rank), (W + scale B A) x + b."""
     scale, adapted = 0.0, True
 
     def forward(self, x):
@@ -340,10 +339,6 @@ class Linear(nn.Linear):
         if self.scale and self.adapted:
             y = torch.add(y, product(product(x, self.lora_A), self.lora_B), alpha=self.scale)
         return y
-
-    def merged(self):
-        W, A, B = whole(self.weight), whole(self.lora_A).float(), whole(self.lora_B).float()
-        return W + self.scale * (B @ A)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -505,7 +500,6 @@ class Model(nn.Module):
         self.recompute = False
         self.source: Path | None = None  # the directory it came from
         self.lora: dict = {}  # what add_lora() did, as an adapter_config.json says it
-        self.adapter: Path | None = None  # a file with adapters, for load_weights()
         self.files: dict[str, bytes] = {}  # its tokenizer, saved along
         self.eos_ids = end_ids(config.raw, config)
 
@@ -560,17 +554,16 @@ class Model(nn.Module):
         return {f"layers.{name}": layer for name, layer in self.layers.named_modules()
                 if isinstance(layer, Linear)}
 
-    def add_lora(self, rank, alpha, base, names=None) -> None:
+    def add_lora(self, rank, alpha, base) -> None:
         """LoRA (2106.09685): freeze all weights, which `base` (path or hub id) has, and make room
-        for float32 adapters beside the matrices `names` (default: all of the blocks)."""
+        for float32 adapters beside the matrices of the blocks."""
         self.requires_grad_(False)
-        for name, layer in self.linears().items():
-            if names is None or name in names:
-                new = partial(layer.weight.new_empty, dtype=torch.float32)
-                layer.lora_A = nn.Parameter(new(rank, layer.in_features))
-                layer.lora_B = nn.Parameter(new(layer.out_features, rank))
-                layer.scale = alpha / rank
-        kinds = sorted({name.split(".")[-1] for name in names or self.linears()})
+        for layer in self.linears().values():
+            new = partial(layer.weight.new_empty, dtype=torch.float32)
+            layer.lora_A = nn.Parameter(new(rank, layer.in_features))
+            layer.lora_B = nn.Parameter(new(layer.out_features, rank))
+            layer.scale = alpha / rank
+        kinds = sorted({name.split(".")[-1] for name in self.linears()})
         self.lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
                      "target_modules": kinds, "base_model_name_or_path": str(base)}
 
@@ -578,16 +571,6 @@ class Model(nn.Module):
         """LoRA's tensors, by the names that PEFT gives them."""
         return {f"{PEFT}{name}.weight": p
                 for name, p in self.named_parameters() if ".lora_" in name}
-
-    @torch.no_grad()
-    def merge_lora(self) -> "Model":
-        for layer in self.linears().values():
-            if layer.scale:
-                layer.weight.copy_(layer.merged())
-                layer.scale = 0.0
-                del layer.lora_A, layer.lora_B
-        self.lora = {}
-        return self.requires_grad_(True)
 
     def use_lora(self, on) -> None:
         """Off: the model as it was before, the reference of a KL penalty."""
@@ -621,18 +604,17 @@ class Model(nn.Module):
         """A checkpoint directory, a run directory of train.py (its newest checkpoint) or a hub id;
         a PEFT adapter (LoRA) is merged into its base. FileNotFoundError or ValueError, one line that
         names the file or tensor."""
-        model = Model.from_config(path_or_hub_id)
-        model.to(dtype).to_empty(device=device).load_weights()
-        return model.merge_lora() if model.lora else model
+        source = find_checkpoint(path_or_hub_id)
+        own_weights = any(source.glob("model*.safetensors"))
+        if (source / "adapter_config.json").is_file() and not own_weights:
+            return merge_adapter(source, dtype, device)
+        return Model.from_config(source).to(dtype).to_empty(device=device).load_weights()
 
     @staticmethod
     def from_config(path_or_hub_id) -> "Model":
         """A checkpoint's model on the meta device: shard it, give it memory, then load_weights().
         Whether the weights fit config.json is known here, before there is memory."""
         source = find_checkpoint(path_or_hub_id)
-        whole_weights = any(source.glob("model*.safetensors"))
-        if (source / "adapter_config.json").is_file() and not whole_weights:
-            return with_adapter(source)
         files = weight_files(source)
         raw = read_json(source / "config.json")
         try:
@@ -660,13 +642,10 @@ class Model(nn.Module):
 
     def load_weights(self, seed=0) -> "Model":
         """Stream the safetensors of `source` in, cast to each parameter's dtype; a rank of a
-        sharded model keeps its own slice only. Adapters come from their file, or begin as PEFT's
-        do: A uniform within 1 / sqrt(in), B zero, so that nothing has changed yet."""
+        sharded model keeps its own slice only. LoRA begins as PEFT's does, from the seed: A uniform
+        within 1 / sqrt(in), B zero, so that nothing has changed yet."""
         weights = {name: p for name, p in self.named_parameters() if ".lora_" not in name}
         read_tensors(weight_files(self.source), weights)
-        if self.adapter:
-            read_tensors([self.adapter], self.adapters())
-            return self
         g = torch.Generator().manual_seed(seed)
         for name, p in self.adapters().items():
             bound = p.shape[1]**-0.5 if "lora_A" in name else 0.0
@@ -687,14 +666,15 @@ class Model(nn.Module):
             if ".lora_" not in name:
                 tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
         dtype = dtype or self.head_weight.dtype
-        lora = {f"model.{name}.weight": m for name, m in self.linears().items() if m.scale}
+        lora = {f"model.{name}.weight": (m.lora_A, m.lora_B, m.scale)
+                for name, m in self.linears().items() if m.scale}
         write_tensors(aside, tensors, dtype, write, lora)
-        if lora:
-            write_tensors(aside / "adapter", self.adapters(), torch.float32, write,
-                          name="adapter_model")
+        adapter = {name: whole(p).cpu() for name, p in self.adapters().items()}
         if not write:
             return
-        if lora:
+        if adapter:
+            (aside / "adapter").mkdir()
+            save_file(adapter, aside / "adapter/adapter_model.safetensors", {"format": "pt"})
             write_text(aside / "adapter/adapter_config.json", json.dumps(self.lora, indent=1))
         raw = {key: value for key, value in self.config.raw.items() if key != "torch_dtype"}
         raw["dtype"] = str(dtype).removeprefix("torch.")
@@ -735,26 +715,24 @@ class Progress:
 SHARD_BYTES = 5 * 10**9  # of a safetensors file
 
 
-def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, lora={},
-                  name="model") -> None:
+def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, lora={}) -> None:
     """`tensors` as safetensors in `directory`, in files of 5 GB with an index where one is not
     enough. Sharded ones are gathered one by one: all ranks must call it, one with write=True.
-    lora: for some tensors the Linear that merges its adapters into it."""
+    lora: for some of them, what merged() adds."""
     from huggingface_hub import split_torch_state_dict_into_shards
     directory = Path(directory)
     if write:
         directory.mkdir(parents=True, exist_ok=True)
     sizes = {name: torch.empty(t.shape, dtype=dtype, device="meta") for name, t in tensors.items()}
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES,
-                                              filename_pattern=f"{name}{{suffix}}.safetensors")
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     files, progress = plan.filename_to_tensors, Progress()
-    for done, (file, keys) in enumerate(files.items()):
+    for done, (file, names) in enumerate(files.items()):
         progress.show(done / len(files), f"saving: {done} of {len(files)} files")
         shard = {}
-        for key in keys:
-            t = lora[key].merged() if key in lora else whole(tensors[key])
+        for name in names:
+            t = merged(tensors[name], *lora[name]) if name in lora else whole(tensors[name])
             if write:
-                shard[key] = t.to("cpu", dtype).contiguous()
+                shard[name] = t.to("cpu", dtype).contiguous()
         if write:
             save_file(shard, directory / file, metadata={"format": "pt"})
     if write and plan.is_sharded:
@@ -765,6 +743,11 @@ def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, lora
 def whole(t: Tensor) -> Tensor:
     """Without gradient, and all of one that is sharded: all ranks must call it."""
     return t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
+
+
+def merged(W, A, B, scale) -> Tensor:
+    """W + scale B A, in float32 at least."""
+    return whole(W) + scale * (whole(B) @ whole(A))
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
@@ -1012,24 +995,31 @@ lora_dropout target_modules exclude_modules layers_to_transform layers_pattern m
 qalora_group_size ensure_weight_tying""".split()
 
 
-def with_adapter(source) -> Model:
-    """from_config() of the adapter in `source` on the base that it names. ValueError if it is more
-    than B A beside matrices of the blocks: biases, DoRA, ranks by pattern, whole modules, ..."""
+@torch.no_grad()
+def merge_adapter(source, dtype, device) -> Model:
+    """The base model that the adapter in `source` names, with B A added. ValueError if it is more
+    than that beside matrices of the blocks: biases, DoRA, ranks by pattern, whole modules, ..."""
     file = source / "adapter_config.json"
     raw = {"peft_type": None} | read_json(file)
     for key, value in raw.items():
         if key not in HARMLESS and value not in USUAL.get(key, [None, False, [], {}]):
             raise ValueError(f"{file}: {key} = {value!r:.60} is not supported (plain LoRA is)")
     try:
-        rank, alpha = number(raw, "r"), number(raw, "lora_alpha", kind=float)
+        rank, alpha = number(raw, "r", most=2**12), number(raw, "lora_alpha", kind=float)
         base = find_checkpoint(str(raw.get("base_model_name_or_path")))
         weight_files(base)  # refuses an adapter of an adapter
-        model = Model.from_config(base)
+        model = Model.from_pretrained(base, dtype, device)
     except (ValueError, OSError) as e:
         raise ValueError(f"{file}: {e}") from None
-    model.adapter = source / "adapter_model.safetensors"
-    found = scan([model.adapter])
-    names = [name for name in model.linears() if f"{PEFT}{name}.lora_A.weight" in found]
-    model.add_lora(rank, alpha, base, names)
-    check_fit(source, found, model.adapters())
+    file = source / "adapter_model.safetensors"
+    there, tensors, pairs = scan([file]), {}, {}
+    for name, layer in model.linears().items():
+        A, B = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
+        if A in there or B in there:
+            tensors[A] = torch.empty(rank, layer.in_features, device=device)
+            tensors[B] = torch.empty(layer.out_features, rank, device=device)
+            pairs[layer] = tensors[A], tensors[B]
+    read_tensors([file], tensors)
+    for layer, (A, B) in pairs.items():
+        layer.weight.copy_(merged(layer.weight, A, B, alpha / rank))
     return model

@@ -1011,8 +1011,6 @@ def open_lock(path, wait=False):
 def load_model(source, flags) -> Model:
     """Float32 weights, sharded over the ranks, or whole on a single CPU."""
     model = Model.from_config(source)
-    if model.lora:
-        raise ValueError(f"--model {source} is a LoRA adapter; start from a merged checkpoint")
     if flags.lora:  # frozen weights need no float32 masters
         model.to(compute_dtype()).add_lora(flags.lora, flags.lora_alpha, flags.model or source)
     model.recompute = flags.recompute

@@ -773,7 +773,7 @@ def test_a_lora_run_leaves_a_whole_model_and_an_adapter(run, warm):
     ids = torch.randint(0, 10, (1, 20))
     assert torch.allclose(Model.from_pretrained(step)(ids),
                           Model.from_pretrained(step / "adapter")(ids), atol=1e-5)
-    with pytest.raises(SystemExit, match="is a LoRA adapter"):
+    with pytest.raises(SystemExit, match="a LoRA adapter; merge it"):
         run(*TINY, "--model", step / "adapter")
 
 
