@@ -244,10 +244,10 @@ def meta_model(raw) -> Model:
 
 
 @torch.no_grad()
-def randomise(model) -> Model:
+def randomise(model, seed=0) -> Model:
     """In the place of load_weights(): this rank's share of random weights. The last norm is so
     large that the model is about as sure of its next token as a language model is."""
-    torch.manual_seed(train.RANK)
+    torch.manual_seed(seed + train.RANK)
     for name, p in model.named_parameters():
         local = p.to_local() if hasattr(p, "to_local") else p
         if p.dim() == 2:

@@ -295,7 +295,8 @@ def main(argv) -> None:
     own = ["--loss", known.loss, "--prompts", known.groups, "--updates", "1", "--kl_beta", "0"]
     if source and (Path(source) / "latest").is_file():  # a run
         # Its --loss_args may be another objective's.
-        own = [*train.flags_of_run(source), *own, "--loss_args", "--resume", "False"]
+        own = [*train.flags_of_run(source), *own, "--loss_args", "--resume", "False",
+               "--track", ""]
     flags = train.parse([*own, "--model", source, *rest])
     write(microscope(flags, known.updates), known.page)
 
