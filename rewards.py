@@ -192,16 +192,15 @@ def search(response, answer):
     </search>, that are <think>..</think><search>..</search>, the last one also <think>..</think>
     <answer>..</answer>, nothing empty and no other tag; 0 if the policy never searched."""
     turns = [turn for turn in re.split("(?<=</search>)", response) if turn.strip()]
-    form = [well_formed(turn, last=turn is turns[-1]) for turn in turns]
-    form = sum(form) / len(form) if len(form) > 1 else 0
+    form = sum(map(well_formed, turns)) / len(turns) if len(turns) > 1 else 0
     f1 = qa(response, answer, "f1")
     if f1 == "no_answer" and not form:
         return f1
     return ((0 if f1 == "no_answer" else f1) + 0.3 * form) / 1.3
 
-def well_formed(turn, last):
+def well_formed(turn):
     parts = [part.strip() for part in re.split("(</?[a-zA-Z][a-zA-Z0-9]*>)", turn)]
-    end = "answer" if last and "<answer>" in parts else "search"
+    end = "answer" if "<answer>" in parts else "search"
     texts, tags = parts[::2], parts[1::2]
     return (tags == ["<think>", "</think>", f"<{end}>", f"</{end}>"]
             and [text != "" for text in texts] == [False, True, False, True, False])

@@ -211,12 +211,12 @@ class Run:
     tokenizer: object
     end_ids: list[int]  # tokens that end a response
     scorer: rewards.Scorer
-    tool: tools.Tool | None
     questions: list[data.Question]
     held_out: list[data.Question]
     optimizer: torch.optim.Optimizer
     log: "Log"
     stop: "StopSignal"
+    tool: tools.Tool | None = None  # that the policy may call
     step: int = 0  # the last one that is done, or the one at hand
     position: int = 0  # number of the next question in the endless series
     stopped: bool = False
@@ -878,8 +878,8 @@ def set_up(flags) -> Run:
     end_ids = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
     tool = tools.make(flags.tool, data.facts_of(flags.data), flags.search_url,
                       partial(data.passages, flags.data))
-    run = Run(flags, out, model, reference, tokenizer, end_ids, rewards.Scorer(workers=2), tool,
-              questions, held_out, optimizer, log=None, stop=StopSignal())
+    run = Run(flags, out, model, reference, tokenizer, end_ids, rewards.Scorer(workers=2),
+              questions, held_out, optimizer, log=None, stop=StopSignal(), tool=tool)
     if checkpoint:
         restore(run, checkpoint)
     if run.step >= flags.steps:

@@ -335,7 +335,7 @@ def our_steps(model, tokenizer, prompts, texts, limit, end):
     def scorer(items):
         return [(grade(text), "ok") for _, text, _ in items]
     run = SimpleNamespace(flags=flags, model=model, reference=None, tokenizer=tokenizer, step=1,
-                          end_ids=[end], optimizer=optimizer, scorer=scorer)
+                          end_ids=[end], optimizer=optimizer, scorer=scorer, tool=None)
     questions = [data.Question(data.Problem(text, {}, ""), text, ids)
                  for text, ids in zip(texts, prompts)]
     starts = iter(range(0, len(questions), 32))

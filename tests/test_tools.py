@@ -107,7 +107,7 @@ def server():
                     self.wfile.flush()
                     never.wait(0.2)
             if how == "floods":
-                body = b"x" * 2**20
+                body += b" " * 2**20  # good JSON
             self.wfile.write(body)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -285,8 +285,9 @@ def test_turns_tokens_and_the_budget_end_a_conversation():
             assert r.calls < turns and all_of_it.tokens[:len(r.tokens)] == r.tokens
             if r.tokens != all_of_it.tokens:
                 assert not r.finished and CHARS.decode(r.tokens).endswith("]")
-    for r in talk(model, some, turn_tokens=7):
-        assert all(len(tokens) <= 7 for own, tokens in segments(r) if own)
+    parts = [segments(r) for r in talk(model, some, turn_tokens=25)]
+    assert max(len(tokens) for turns in parts for own, tokens in turns if own) == 25
+    assert max(len(tokens) for turns in parts for own, tokens in turns[1:] if own) == 25
     limits = [10 + 5 * i for i in range(len(some))]
     for i, r in enumerate(talk(model, some, limit=limits)):
         assert len(r.logp) <= limits[i // 4] and r.drawn[-1]  # no reply that nobody reads

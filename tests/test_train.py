@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -1039,6 +1040,24 @@ def test_a_policy_with_a_tool_resumes_and_is_shared_by_ranks(run, tmp_path):
         assert (one["calls"], one["length"]) == (other["calls"], other["length"])
     run(*TALKING, "--steps", 2, "--out", "none", "--tool", "none")
     assert all(m["calls"] == 0 for m in metrics("none"))
+
+
+def test_the_warm_start_does_not_learn_what_a_tool_says(monkeypatch):
+    """It would learn the facts by heart: the wrong lesson, and a lower loss."""
+    packed, tokenizer = [], data.char_tokenizer("hops")
+
+    def noted(*args):
+        packed.append(args)
+        return pack(*args)
+    monkeypatch.setattr(train, "pack", noted)
+    flags = train.Flags(data="hops", skill_steps=1, habit_steps=1)
+    train.warm_start(small_net(vocab_size=len(tokenizer)), tokenizer, flags)
+    (sequences, lens, _, drawn), habit = packed
+    for tokens, prompt_len, own in zip(sequences, lens, drawn, strict=True):
+        whole = tokenizer.decode(tokens[prompt_len:])
+        text = "".join(c if mine else "-" for c, mine in zip(whole, own, strict=True))
+        assert text == re.sub(r"\([^)]*\)", lambda reply: "-" * len(reply[0]), whole) != whole
+    assert any(all(own) for own in habit[3])
 
 
 def test_what_a_tool_says_is_not_graded(run, monkeypatch):
