@@ -656,6 +656,8 @@ class Log:
         if self.tracker:
             self.lines.put(None)
             self.tracker.join(TRACKER_PATIENCE)
+            if self.tracker.is_alive():
+                print(f"--track {self.flags.track} does not answer and is left behind")
 
     def evals(self) -> list[float]:
         return [m["eval"] for m in self.history if m["eval"] is not None]
@@ -937,7 +939,7 @@ def memory_plan(run) -> str:
     cache = "60 % of what is free" if DEVICE.type == "cuda" else "2 GiB"
     if flags.kv_tokens:
         cache = f"{flags.kv_tokens:,} tokens"
-    return (f"memory of a rank: {size / 2**30:.3g} GiB of weights, gradients and Adam's numbers, "
+    return (f"memory of a rank: {size / 2**20:,.1f} MiB of weights, gradients and Adam's numbers, "
             f"a KV cache of up to {cache}, forward passes over {flags.tokens_per_microbatch:,} "
             "tokens")
 
