@@ -828,8 +828,8 @@ def find_checkpoint(path_or_hub_id) -> Path:
             raise ValueError(f"{path / 'latest'}: {name!r:.60} is no directory in this one")
         path = path / name
         if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such directory, but {path.parent / 'latest'} names "
-                                    "it; give another checkpoint of that run")
+            raise FileNotFoundError(f"{path}: no such directory, but {path.parent / 'latest'} "
+                                    "names it; give another checkpoint of that run")
     if path.is_dir():
         return path
     name = str(path_or_hub_id)
