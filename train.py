@@ -12,6 +12,7 @@ of a step (token ids are small) and computes the same plan of mini-batches and m
 them, so nobody has to hand out work. What the loop calls stands below it, in the order of calls.
 """
 import argparse
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -153,6 +154,12 @@ class Flags:
     mask_truncated: bool = flag(False, "cut responses stay out of the loss")
     old_logp: str = flag("sampler", "pi_old: as the sampler recorded it, or trainer: one more "
                          "forward pass over the rollout", choices=("sampler", "trainer"))
+    rollout_dtype: str = flag("", "bfloat16 or float32: sample from a copy of the weights in that "
+                              "type, on a CPU (default: what the trainer computes in)",
+                              choices=("", "bfloat16", "float32"))
+    correction: str = flag("", f"{', '.join(losses.CORRECTIONS)}: a weight on the loss by pi_old / "
+                           "pi_sampler; with --old_logp trainer")
+    correction_args: tuple = flag((), "its bounds, as high=3")
 
     lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B",
                      least=1e-12)
@@ -199,6 +206,9 @@ class Flags:
 
     def hyperparameters(self) -> dict:
         return data.parse_args(self.loss_args, "--loss_args")
+
+    def bounds(self) -> dict:
+        return data.parse_args(self.correction_args, "--correction_args")
 
 
 @dataclass
@@ -267,7 +277,7 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     barrier()
     with whole_weights(run.model):
         rollouts = converse(
-            run.model, [questions[i].ids for i in mine], n,
+            sampling_model(run), [questions[i].ids for i in mine], n,
             [longest_response(flags, len(questions[i].ids)) for i in mine],
             flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
             eos_ids=run.end_ids, tool=run.tool, turns=flags.turns, turn_tokens=flags.turn_tokens,
@@ -286,6 +296,16 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     place = {number: i for i, number in enumerate(numbers)}
     # The sort is stable: a group's samples stay in order, whichever rank drew them.
     return sorted(gather(rollouts), key=lambda rollout: place[rollout.group])
+
+
+def sampling_model(run) -> Model:
+    """The model, or its copy in --rollout_dtype: a sampler that is not quite the trainer."""
+    dtype = rollout_dtype(run.flags)
+    return run.model if dtype == compute_dtype() else copy.deepcopy(run.model).to(dtype)
+
+
+def rollout_dtype(flags) -> torch.dtype:
+    return getattr(torch, flags.rollout_dtype) if flags.rollout_dtype else compute_dtype()
 
 
 def longest_response(flags, prompt: int) -> int:
@@ -385,7 +405,8 @@ def update(run, minibatch, extra, meter, first=False) -> float:
               # of a group that is spread over mini-batches, each has a part
               "winning_groups": sum(r.group_won for r in minibatch) / flags.samples}
     if objective.statistics and flags.acpo_stats == "batch":
-        totals["statistics"] = statistics(run, objective, parts, hyper, first)
+        same = first and not flags.rollout_dtype  # else the ratio is not 1 from the start
+        totals["statistics"] = statistics(run, objective, parts, hyper, same)
 
     mine = parts[RANK::WORLD]
     for micro in mine:
@@ -401,12 +422,14 @@ def update(run, minibatch, extra, meter, first=False) -> float:
         if not micro:  # an empty bin: under FSDP, this rank too must take part in every pass
             tokens.logp.sum().backward()
             continue
+        sampler_logp = padded(tokens.mask, [r.own(r.logp) for r in micro])
         loss, metrics = losses.policy_loss(
             flags.loss, tokens.logp, tokens.old_logp, per_rollout(micro, "advantage"), tokens.mask,
             agg=flags.agg or None, entropy=tokens.entropy, sum_p2=tokens.sum_p2,
             pass_rate=per_rollout(micro, "pass_rate"), group_size=flags.samples,
             max_len=flags.max_tokens or flags.max_new_tokens, totals=totals, ref_logp=ref_logp,
-            kl_beta=flags.kl_beta, **hyper)
+            kl_beta=flags.kl_beta, sampler_logp=sampler_logp,
+            correction=flags.correction or None, correction_args=flags.bounds(), **hyper)
         (loss * WORLD).backward()  # FSDP averages over ranks, while `totals` count all of them
         metrics["entropy"] = tokens.entropy[tokens.mask].mean()
         meter.add(metrics, int(tokens.mask.sum()))
@@ -473,19 +496,23 @@ def token_stats(model, rollouts, flags) -> TokenStats:
     prompt_lens = [r.prompt_len for r in rollouts]
     drawn = [r.drawn for r in rollouts]
     now = model(*pack(sequences, prompt_lens, DEVICE, drawn), flags.temperature)
-    padded = [torch.zeros(mask.shape, device=DEVICE, dtype=t.dtype) for t in now]
-    return TokenStats(mask, old_logp, *(p.masked_scatter(mask, t) for p, t in zip(padded, now)))
+    empty = [torch.zeros(mask.shape, device=DEVICE, dtype=t.dtype) for t in now]
+    return TokenStats(mask, old_logp, *(e.masked_scatter(mask, t) for e, t in zip(empty, now)))
 
 
 def recorded(rollouts) -> tuple[Tensor, Tensor]:
-    """(mask, log-probs of the policy that sampled): (B,T) each."""
+    """(mask, log-probs of pi_old): (B,T) each."""
     lengths = torch.tensor([r.length for r in rollouts], dtype=torch.long, device=DEVICE)
     longest = max((r.length for r in rollouts), default=1)
     mask = torch.arange(longest, device=DEVICE) < lengths[:, None]
     # old_logp is there where the trainer computed it again: --old_logp trainer
-    flat = [logp for r in rollouts for logp in r.old_logp or r.own(r.logp)]
-    flat = torch.tensor(flat, device=DEVICE, dtype=torch.float32)
-    return mask, torch.zeros(mask.shape, device=DEVICE).masked_scatter(mask, flat)
+    return mask, padded(mask, [r.old_logp or r.own(r.logp) for r in rollouts])
+
+
+def padded(mask, rows) -> Tensor:
+    """The numbers of each row at the places of its mask, 0 elsewhere: (B,T)."""
+    flat = torch.tensor([x for row in rows for x in row], device=DEVICE, dtype=torch.float32)
+    return torch.zeros(mask.shape, device=DEVICE).masked_scatter(mask, flat)
 
 
 def per_rollout(rollouts, name) -> Tensor:
@@ -525,8 +552,8 @@ def recompute_old_logp(run, rollouts, meter) -> None:
 
 METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio_std approx_kl
 grad_norm zero_groups truncated calls failed_calls no_answer unparsable timeout error skipped
-refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max rollout_tps update_tps
-seconds""".split()
+refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max sampler_ess masked
+rollout_tps update_tps seconds""".split()
 SHOWN = "reward eval length entropy clip_low clip_high rollout_tps".split()
 STATUSES = ("no_answer", "unparsable", "timeout", "error")
 
@@ -550,12 +577,15 @@ class Meter:
             self.progress.show(done / self.total, f"updates: {done:,.0f} of {self.total:,} tokens")
 
     def compare(self, sampler_logp, trainer_logp) -> None:
-        """Sampler against trainer before anything is updated: k3 KL, and the worst token."""
-        gap = (sampler_logp - trainer_logp.detach()).double()
-        self.sums["sampler_kl"] += (gap.expm1() - gap).sum().item()
-        self.sums["compared"] += len(gap)
-        if len(gap):
-            self.worst = max(self.worst, gap.abs().max().item())
+        """Sampler against trainer before anything is updated or clipped, by rho, the ratio of
+        their probabilities: k3 KL, what the effective sample size needs, and the worst token."""
+        log_rho = (trainer_logp.detach() - sampler_logp).double()
+        self.sums["sampler_kl"] += (log_rho.expm1() - log_rho).sum().item()
+        self.sums["rho"] += log_rho.exp().sum().item()
+        self.sums["rho_sq"] += (2 * log_rho).exp().sum().item()
+        self.sums["compared"] += len(log_rho)
+        if len(log_rho):
+            self.worst = max(self.worst, log_rho.abs().max().item())
 
     def means(self) -> dict[str, float]:
         """Over all ranks, which must all call it."""
@@ -565,12 +595,14 @@ class Meter:
             sums[name] = sum(meter.sums[name] for meter in meters)
         compared, tokens = sums.pop("compared", 0), sums.pop("tokens", 0)
         sampler_kl = sums.pop("sampler_kl", 0.0) / max(1, compared)
+        rho, rho_sq = sums.pop("rho", 0.0), sums.pop("rho_sq", 0.0)
+        share = rho**2 / (rho_sq * compared) if rho_sq else 1.0  # effective sample size
         means = {name: value / tokens for name, value in sums.items()}
         if means:
             variance = means.pop("ratio_sq") - (means["ratio_mean"] - 1)**2
             means["ratio_std"] = math.sqrt(max(0.0, variance))
         worst = max(meter.worst for meter in meters)
-        return means | {"sampler_kl": sampler_kl, "sampler_max": worst}
+        return means | {"sampler_kl": sampler_kl, "sampler_max": worst, "sampler_ess": share}
 
 
 def gradient_norms(norms) -> dict:
@@ -1346,6 +1378,28 @@ def check(flags) -> None:
     except (TypeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"--loss_args {' '.join(flags.loss_args)}: {flags.loss} cannot use that "
                          f"({str(e).splitlines()[0]})") from None
+    check_correction(flags)
+
+
+def check_correction(flags) -> None:
+    """Of a sampler that is not the trainer."""
+    if rollout_dtype(flags) != compute_dtype() and (WORLD > 1 or DEVICE.type == "cuda"):
+        raise ValueError(f"--rollout_dtype {flags.rollout_dtype}: sharded weights are sampled from "
+                         f"as they are gathered, in {str(compute_dtype())[6:]}; only one process "
+                         "on a CPU makes a copy")
+    if flags.correction not in ("", "opsm") and flags.old_logp == "sampler":
+        raise ValueError(f"--correction {flags.correction}: the ratio is to the sampler already, "
+                         "and nothing is left to correct; add --old_logp trainer")
+    if flags.correction_args and not flags.correction:
+        raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: of which "
+                         "--correction?")
+    one = torch.ones(1, 1)
+    try:
+        losses.policy_loss("gpg", -one, -one, one[0], one, sampler_logp=-one,
+                           correction=flags.correction or None, correction_args=flags.bounds())
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: {flags.correction} "
+                         f"cannot use that ({str(e).splitlines()[0]})") from None
 
 
 def fill_in(flags) -> None:

@@ -156,7 +156,7 @@ def test_metrics_have_every_key_in_every_line(learned):
     assert [m["step"] for m in lines] == list(range(1, 16))
     assert len({tuple(m) for m in lines}) == 1
     required = """step reward eval length entropy clip_low clip_high ratio_std grad_norm zero_groups
-    truncated sampler_kl rollout_tps update_tps seconds"""
+    truncated sampler_kl sampler_ess masked rollout_tps update_tps seconds"""
     assert set(required.split()) <= set(lines[0])
     assert [m["step"] for m in lines if m["eval"] is not None] == [1, 10, 15]
 
@@ -196,6 +196,7 @@ def test_every_loss_runs(run, name):
     "--updates 48", "--updates 5", "--tokens_per_microbatch 99", "--epochs 2", "--temperature 0.7",
     "--kl_beta 0.1", "--recompute", "--loss_args alpha=2 dual_clip=None",
     "--acpo_stats micro --tokens_per_microbatch 40", "--old_logp trainer", "--clip_norm 0",
+    "--correction opsm", "--correction seq_mis --old_logp trainer", "--rollout_dtype float32",
     "--loss wapo --advantage rloo --agg token-mean", "--dynamic_sampling 2",
     "--overlong_buffer 3", "--mask_truncated"])
 def test_edges_run(run, flags):
@@ -943,6 +944,74 @@ def test_no_statistics_pass_before_the_first_update(monkeypatch):
         assert len(passes) == expected
 
 
+# ---- The sampler is not the trainer ------------------------------------------------------------
+
+def test_a_sampler_in_bfloat16_is_measured_and_corrected(run):
+    """The same seeds sample the same responses; their weight is another, and so are the updates."""
+    gap = [*TINY, "--old_logp", "trainer", "--loss", "grpo", "--rollout_dtype", "bfloat16"]
+    run(*TINY, "--old_logp", "trainer", "--loss", "grpo", "--out", "same")
+    assert all(m["sampler_ess"] > 1 - 1e-9 and m["masked"] is None for m in metrics("same"))
+    run(*gap, "--out", "plain")
+    for m in metrics("plain"):
+        assert m["sampler_kl"] > 1e-7 and m["sampler_max"] > 1e-3 and m["sampler_ess"] < 1 - 1e-7
+    assert_learned("plain")
+    for name, bounds in {"tis": "high=1.0", "icepop": "low=0.999 high=1.001",
+                         "seq_tis": "high=1.0", "seq_mis": "high=1.001", "opsm": "delta=0.0001",
+                         "geo_mis": "low=0.9995 high=1.0005"}.items():
+        run(*gap, "--correction", name, "--correction_args", *bounds.split(), "--out", name)
+        assert_learned(name)
+        first, plain = metrics(name)[0], metrics("plain")[0]
+        assert first["sampler_kl"] == plain["sampler_kl"]  # before any correction
+        assert (first["masked"] == 0) == name.endswith("tis")
+        assert first["grad_norm"] != plain["grad_norm"]
+
+
+def test_a_copy_samples_on_one_cpu_alone(monkeypatch):
+    for world, device in ((2, "cpu"), (1, "cuda")):
+        monkeypatch.setattr(train, "WORLD", world)
+        monkeypatch.setattr(train, "DEVICE", torch.device(device))
+        dtype = "bfloat16" if device == "cpu" else "float32"
+        with pytest.raises(ValueError, match=f"--rollout_dtype {dtype}: sharded weights"):
+            train.parse(["--rollout_dtype", dtype])
+    assert train.parse(["--rollout_dtype", "bfloat16"])  # as the trainer computes on CUDA
+
+
+def test_the_loss_sees_three_policies_and_nothing_of_what_a_tool_said(monkeypatch):
+    """pi_old of the trainer, the sampler's own log-probs, in each response's own places."""
+    flags = train.Flags(loss="grpo", samples=4, correction="tis", old_logp="trainer",
+                        max_new_tokens=20, tokens_per_microbatch=1000)
+    model, rollouts = small_net(), rollouts_for(12)
+    for r in rollouts:
+        r.drawn = [j % 3 != 1 for j in range(len(r.logp))]
+    train.assign_advantages(rollouts, flags)
+    run = SimpleNamespace(flags=flags, model=model, reference=None, step=1,
+                          optimizer=KeepGradients(model))
+    meter = train.Meter()
+    train.recompute_old_logp(run, rollouts, meter)
+    seen, real = [], losses.policy_loss
+
+    def spy(name, logp, old_logp, adv, mask, **how):
+        seen.append((logp.detach(), old_logp, mask, how["sampler_logp"]))
+        return real(name, logp, old_logp, adv, mask, **how)
+    monkeypatch.setattr(losses, "policy_loss", spy)
+    assert train.update(run, rollouts, {}, meter, first=True) > 1e-3
+    (logp, old_logp, mask, sampler_logp), = seen
+    own = sorted(tuple(torch.tensor(r.own(r.logp)).tolist()) for r in rollouts)
+    assert sorted(tuple(row[m].tolist()) for row, m in zip(sampler_logp, mask)) == own
+    assert torch.equal(logp[mask], old_logp[mask]) and not torch.equal(old_logp, sampler_logp)
+
+
+def test_the_gap_is_summed_over_parts_and_taken_from_rho_before_any_bound():
+    sampler, trainer = -3 * torch.rand(2, 60, generator=torch.Generator().manual_seed(0))
+    meter = train.Meter()
+    for part in (slice(0, 13), slice(13, 60)):
+        meter.compare(sampler[part], trainer[part])
+    means, rho = meter.means(), (trainer - sampler).double().exp()
+    assert means["sampler_kl"] == pytest.approx((rho - 1 - rho.log()).mean().item())
+    assert means["sampler_ess"] == pytest.approx((rho.sum()**2 / (60 * (rho**2).sum())).item())
+    assert means["sampler_max"] == pytest.approx(rho.log().abs().max().item())
+
+
 def test_temperature_scales_the_trained_log_probs():
     flags, rollouts = train.Flags(temperature=0.5), rollouts_for(1)
     model, rollout = small_net(), rollouts[0]
@@ -1308,6 +1377,10 @@ def test_tensorboard(run, monkeypatch):
     ("--max_prompt_tokens 3", "--max_prompt_tokens 3"), ("--out full", "--resume"),
     ("--out blocked/x", "blocked"), ("--resume --out never", "no run to continue"),
     ("--acpo_stats all", "--acpo_stats"), ("--old_logp engine", "--old_logp"),
+    ("--correction tis", "nothing is left to correct"), ("--rollout_dtype int8", "--rollout_dtype"),
+    ("--correction tsi --old_logp trainer", "nearest: tis"), ("--correction_args high=3", "high=3"),
+    ("--correction tis --old_logp trainer --correction_args hihg=3", "--correction_args hihg=3"),
+    ("--correction tis --old_logp trainer --correction_args high=big", "--correction_args high=big"),
     ("--shards_per_replica 2", "--shards_per_replica 2"), ("--offload", "--offload"),
     ("--width 20", "multiple of 8"), ("--dynamic_sampling -1", "--dynamic_sampling"),
     ("--overlong_buffer 99", "--overlong_buffer 99"), ("--kv_tokens 5", "kv_tokens")])
