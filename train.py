@@ -127,11 +127,12 @@ class Flags:
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
     template: str = flag("auto", TEMPLATES)
     template_args: tuple = flag((), "for chat templates, as enable_thinking=false")
-    tool: str = flag("", f"{', '.join(tools.KINDS)} (default: facts for hops, else none)")
+    tool: str = flag("", "what the policy may call: none, facts (of hops, whose default it is) or "
+                     "search", choices=("", *tools.KINDS))
     search_url: str = flag("", "for --tool search: a Search-R1 server, as "
                            "http://127.0.0.1:8000/retrieve (default: BM25 over --data's passages)")
-    turns: int = flag(10, "with a tool: the policy's turns; a reply stands between two")
-    turn_tokens: int = flag(0, "longest turn (0: what --max_new_tokens leaves)")
+    turns: int = flag(10, "most turns of a policy with a tool; a reply stands between two")
+    turn_tokens: int = flag(0, "longest turn (0: what is left of the response, replies included)")
 
     steps: int = flag(100, "rollouts, each followed by --updates gradient steps", most=999_999)
     prompts: int = flag(32, "questions per step", most=2**20)

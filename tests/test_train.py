@@ -1382,6 +1382,9 @@ def test_tensorboard(run, monkeypatch):
     ("--correction tis --old_logp trainer --correction_args hihg=3", "--correction_args hihg=3"),
     ("--correction tis --old_logp trainer --correction_args high=big", "--correction_args high=big"),
     ("--shards_per_replica 2", "--shards_per_replica 2"), ("--offload", "--offload"),
+    ("--tool serch", "--tool"), ("--tool facts", "--tool facts: this --data has no facts"),
+    ("--tool search", "chainsum has no passages"), ("--turns 0", "--turns"),
+    ("--tool search --search_url file:///etc/passwd", "--search_url file:///etc/passwd"),
     ("--width 20", "multiple of 8"), ("--dynamic_sampling -1", "--dynamic_sampling"),
     ("--overlong_buffer 99", "--overlong_buffer 99"), ("--kv_tokens 5", "kv_tokens")])
 def test_bad_input_is_one_line_and_nothing_is_lost(run, tmp_path, flags, said):
