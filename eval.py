@@ -226,7 +226,8 @@ def respond(mine, questions, heads, sampling, job):
     n, temperature, top_p, seed = sampling
     args = job.args
     rollouts = converse(job.model, [questions[i].ids for i in mine], n, args.max_new_tokens,
-                        temperature, top_p, seed=[seed * 2**40 + i for i in mine],
+                        temperature=temperature, top_p=top_p,
+                        seed=[seed * 2**40 + i for i in mine],
                         eos_ids=job.end_ids, tool=job.tool, turns=args.turns,
                         turn_tokens=args.turn_tokens, stop=data.TEMPLATES[args.template].stop,
                         tokenizer=job.tokenizer, progress=MAIN)
@@ -437,7 +438,7 @@ def gather(items):
     return sum(parts, [])
 
 
-def parse(argv):
+def arguments():
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -466,7 +467,11 @@ def parse(argv):
     add("--acpo_compat", action="store_true", help="grade math by the ACPO paper's rule")
     add("--threads", type=count, default=1, help="CPU threads (1): more than free cores is slower")
     add("--list", action="store_true", help="print suites and tasks, and stop")
-    args, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def parse(argv):
+    args, rest = arguments().parse_known_args(argv)
     if rest:
         flags = [f"--{name}" for name in vars(args) if name != "checkpoint"]
         fail(data.nearest(rest[0].split("=")[0], flags, "flag"))

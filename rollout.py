@@ -61,11 +61,6 @@ class Rollout:
         """Tokens that the policy drew."""
         return len(self.own(self.logp))
 
-    def append(self, tokens, logp, drawn):
-        self.tokens += tokens
-        self.logp += logp
-        self.drawn += [drawn] * len(tokens)
-
     def own(self, values):
         """Those of `values` (one per response token) that belong to what the policy drew."""
         return values if self.drawn is None else [v for v, own in zip(values, self.drawn) if own]
@@ -115,18 +110,19 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
 class Talk:
     """A response that is still being written."""
     rollout: Rollout
-    budget: int  # response tokens, those of replies included
+    room: int  # for so many more tokens, those of replies included
     name: str  # seeds its later turns
-    turn: list[int]  # tokens of the last turn
+    call: str | None = None  # with which the last turn ended
 
-    @property
-    def room(self):
-        return self.budget - len(self.rollout.logp)
+    def add(self, tokens, logp, drawn):
+        self.room -= len(tokens)
+        self.rollout.tokens += tokens
+        self.rollout.logp += logp
+        self.rollout.drawn += [drawn] * len(tokens)
 
 
-def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0,
-             eos_ids=None, *, tool=None, turns=10, turn_tokens=0, stop=(), tokenizer=None,
-             **how) -> list[Rollout]:
+def converse(model, prompts, n=1, max_new_tokens=256, *, tool=None, turns=10, turn_tokens=0,
+             seed=0, stop=(), tokenizer=None, **how) -> list[Rollout]:
     """generate() with a tool (tools.Tool; None is generate() itself). A turn that ends in a call is
     answered: the reply goes behind it as tokens that the policy did not draw (`drawn` False, `logp`
     0), and the policy goes on, for at most `turns` turns of `turn_tokens` tokens (0: any) and
@@ -134,59 +130,45 @@ def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
 
     Every turn is a generate() of its own. It prefills the conversation anew: a little compute for a
     sampler that need not know of tools."""
-    how |= {"temperature": temperature, "top_p": top_p, "eos_ids": eos_ids, "tokenizer": tokenizer}
+    how["tokenizer"] = tokenizer
     if tool is None:
         return generate(model, prompts, n, max_new_tokens, seed=seed, stop=stop, **how)
     how["stop"] = *stop, *tool.ends, tool.close
     seeds, budgets = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
-    limits = [min(turn_tokens or budget, budget) for budget in budgets]
-    rollouts = generate(model, prompts, n, limits, seed=seeds, **how)
-    talks = []
-    for i, rollout in enumerate(rollouts):
-        rollout.drawn = [True] * len(rollout.logp)
-        talks.append(Talk(rollout, budgets[i // n], f"{seeds[i // n]} {i % n}",
-                          rollout.tokens[rollout.prompt_len:]))
-    for turn in range(1, turns + 1):
-        asking = calls_in(talks, tool, tokenizer)
-        if turn == turns or not asking:
-            break
-        talks = hear(asking, tool, tokenizer)
-        limits = [min(turn_tokens or talk.room, talk.room) for talk in talks]
-        heard = [talk.rollout.tokens for talk in talks]
-        named = [f"{talk.name} {turn}" for talk in talks]
-        for talk, new in zip(talks, generate(model, heard, 1, limits, seed=named, **how)):
-            talk.turn = new.tokens[new.prompt_len:]
-            talk.rollout.append(talk.turn, new.logp, drawn=True)
-            talk.rollout.finished = new.finished
+    talks = [Talk(Rollout(list(prompt), len(prompt), [], False, drawn=[]), budget, f"{name} {i}")
+             for prompt, budget, name in zip(prompts, budgets, seeds) for i in range(n)]
+    rollouts = [talk.rollout for talk in talks]
+    for turn in range(turns):
+        if turn == 0:
+            limits = [min(turn_tokens or budget, budget) for budget in budgets]
+            said = generate(model, prompts, n, limits, seed=seeds, **how)
+        else:
+            talks = hear([talk for talk in talks if talk.call is not None], tool, tokenizer)
+            heard = [talk.rollout.tokens for talk in talks]
+            limits = [min(turn_tokens or talk.room, talk.room) for talk in talks]
+            said = generate(model, heard, 1, limits, seed=[f"{talk.name} {turn}" for talk in talks],
+                            **how)
+        for talk, new in zip(talks, said):
+            tokens = new.tokens[new.prompt_len:]
+            talk.add(tokens, new.logp, drawn=True)
+            talk.call = tool.call_in(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+            talk.rollout.finished = new.finished and talk.call is None
     return rollouts
 
 
-def calls_in(talks, tool, tokenizer):
-    """[(talk, call)] where the last turn ends in a call: these responses are not finished."""
-    asking = []
-    for talk in talks:
-        call = tool.call_in(tokenizer.decode(talk.turn, clean_up_tokenization_spaces=False))
-        if call is not None:
-            talk.rollout.finished = False
-            asking.append((talk, call))
-    return asking
-
-
-def hear(asking, tool, tokenizer):
+def hear(talks, tool, tokenizer):
     """Puts the tool's replies behind the calls, and returns the talks that have room to go on.
     What looks like a special token in a reply is mere text."""
-    replies = tool.ask([call for _, call in asking])
     before, after = [tokenizer.encode(tag, add_special_tokens=False)
                      for tag in (tool.reply_open, tool.reply_close)]
-    texts = tokenizer([text for text, _ in replies], add_special_tokens=False,
-                      split_special_tokens=True).input_ids
     going = []
-    for (talk, _), (_, failed), text in zip(asking, replies, texts):
+    for talk, (text, failed) in zip(talks, tool.ask([talk.call for talk in talks])):
         talk.rollout.calls += 1
         talk.rollout.failed_calls += failed
+        text = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         reply = before + text + after
         if len(reply) < talk.room:
-            talk.rollout.append(reply, [0.0] * len(reply), drawn=False)
+            talk.add(reply, [0.0] * len(reply), drawn=False)
             going.append(talk)
     return going
 

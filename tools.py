@@ -46,7 +46,7 @@ class Tool:
 
     def ask(self, calls) -> list[tuple[str, bool]]:
         """(reply, whether the tool failed) for each call, within `seconds`."""
-        calls = [printable(call)[:CALL].strip() for call in calls]
+        calls = [" ".join(printable(call).split())[:CALL] for call in calls]
         asked = list(dict.fromkeys(calls))  # the samples of a prompt often ask the same
         size = max(self.part, -(-len(asked) // THREADS))
         replies = {}

@@ -280,7 +280,7 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
         rollouts = converse(
             sampling_model(run), [questions[i].ids for i in mine], n,
             [longest_response(flags, len(questions[i].ids)) for i in mine],
-            flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
+            temperature=flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
             eos_ids=run.end_ids, tool=run.tool, turns=flags.turns, turn_tokens=flags.turn_tokens,
             stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
             kv_tokens=flags.kv_tokens or None, progress=MAIN)
