@@ -74,7 +74,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     totals: "tokens", "sequences", "winning_groups" (its share, if of samples), "statistics" of the
         whole mini-batch of which these are some rows, so that micro-batches and ranks add up
     ref_logp (B,T), kl_beta: a penalty on the KL to a reference
-    sampler_logp (B,T), if old_logp is not its; correction, one of CORRECTIONS: a weight for that
+    sampler_logp (B,T), of a sampler that is not pi_old; correction: one of CORRECTIONS, see there
     A NaN at a token that counts makes the loss NaN. Misuse raises ValueError."""
     check("loss", name, OBJECTIVES)
     f = OBJECTIVES[name]
@@ -94,8 +94,8 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     loss = f(b, **hyper)  # (B,T)
     if correction is not None:
         check("correction", correction, CORRECTIONS)
-        log_rho = b.old_logp - b.need("sampler_logp")
-        weight = CORRECTIONS[correction](b, log_rho, **correction_args).detach()  # (B,T) or (B,1)
+        log_rho = b.old_logp - b.need("sampler_logp").detach()
+        weight = CORRECTIONS[correction](b, log_rho, **correction_args)  # (B,T) or (B,1)
         b.metrics["masked"] = b.mean(weight == 0)
         loss = loss * torch.where(log_rho.isnan(), log_rho, weight)
     if ref_logp is not None:  # Schulman's k3, an estimate of KL(pi || reference), never negative
@@ -446,11 +446,11 @@ def tis(b, log_rho, high=2.0):  # truncated importance sampling, verl's bound
 def icepop(b, log_rho, low=0.5, high=5.0):  # IcePop (2510.18855): dropped outside a band
     rho = log_rho.exp()
     return rho.masked_fill((rho < low) | (rho > high), 0)
-def seq_tis(b, log_rho, high=2.0):  # both for whole responses, by the product of rho: verl,
+def seq_tis(b, log_rho, high=2.0):  # by the response's product of rho, verl's bound again
     return tis(b, b.seq_sum(log_rho), high)
-def seq_mis(b, log_rho, low=0.0, high=3.0):  # and what TRL does by default
+def seq_mis(b, log_rho, low=0.0, high=3.0):  # the same, dropped outside: TRL's default
     return icepop(b, b.seq_sum(log_rho), low, high)
-def geo_mis(b, log_rho, low=0.99, high=1.01):  # a mask by the geometric mean, SkyRL's
+def geo_mis(b, log_rho, low=0.99, high=1.01):  # a mask by the geometric mean of rho, SkyRL's
     return icepop(b, b.seq_mean(log_rho), low, high) > 0
 def opsm(b, log_rho, delta=1e-4):  # OPSM (2512.02556) drops losers that pi has left; slime
     return (b.A >= 0) | (b.seq_mean(log_rho + b.log_ratio) >= -delta)

@@ -928,7 +928,8 @@ def test_official_acpo_depends_on_the_cut():
 
 
 def test_no_statistics_pass_before_the_first_update(monkeypatch):
-    """Before anything is updated the ratio is 1: the extra forward pass is spared."""
+    """Before anything is updated the ratio is 1, and the extra forward pass is spared: unless a
+    copy of the weights has sampled."""
     passes = []
     flags = train.Flags(samples=4, tokens_per_microbatch=30, max_new_tokens=16)
     model, rollouts = small_net(), rollouts_for(12)
@@ -938,8 +939,10 @@ def test_no_statistics_pass_before_the_first_update(monkeypatch):
     real = train.token_stats
     monkeypatch.setattr(train, "token_stats", lambda *a: passes.append(1) or real(*a))
     parts = len(train.microbatches(rollouts, 30))
-    for first, expected in ((True, parts), (False, 2 * parts)):
+    for first, dtype, expected in ((True, "", parts), (False, "", 2 * parts),
+                                   (True, "bfloat16", 2 * parts)):
         passes.clear()
+        flags.rollout_dtype = dtype
         train.update(run, rollouts, {}, train.Meter(), first=first)
         assert len(passes) == expected
 
