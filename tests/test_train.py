@@ -1099,19 +1099,17 @@ TALKING = """--data hops --width 32 --layers 1 --skill_steps 80 --habit_steps 0 
 
 
 def test_a_policy_with_a_tool_resumes_and_is_shared_by_ranks(run, tmp_path):
-    run(*TALKING, "--steps", 4, "--out", "whole")
+    run(*TALKING, "--steps", 2, "--out", "whole")
     assert_learned("whole")
     assert all(m["calls"] > 0.5 and m["failed_calls"] == 0 for m in metrics("whole"))
     assert all(m["sampler_kl"] < 1e-9 and m["sampler_max"] < 5e-5 for m in metrics("whole"))
-    run(*TALKING, "--steps", 2, "--out", "r")
-    run("--out", "r", "--resume", "--steps", 4)
+    run(*TALKING, "--steps", 1, "--out", "r")
+    run("--out", "r", "--resume", "--steps", 2)
     assert_same_runs("whole", "r")
-    finish(start(tmp_path, *TALKING, "--steps", 4, "--out", "two", world=2))
+    finish(start(tmp_path, *TALKING, "--steps", 2, "--out", "two", world=2))
     assert_close_runs("whole", "two", 2e-4)
     for one, other in zip(metrics("whole"), metrics("two")):
         assert (one["calls"], one["length"]) == (other["calls"], other["length"])
-    run(*TALKING, "--steps", 2, "--out", "none", "--tool", "none")
-    assert all(m["calls"] == 0 for m in metrics("none"))
 
 
 def test_the_warm_start_does_not_learn_what_a_tool_says(monkeypatch):
@@ -1132,19 +1130,22 @@ def test_the_warm_start_does_not_learn_what_a_tool_says(monkeypatch):
     assert any(all(own) for own in habit[3])
 
 
-def test_what_a_tool_says_is_not_graded(run, monkeypatch):
-    """A reply that holds the answer, and one that holds the right form of it."""
-    monkeypatch.setattr(train.tools.Tool, "defused", lambda tool, reply: f"#{reply}$")
-    graded = []
-    real = train.rewards.Scorer.__call__
+def test_what_a_tool_says_is_not_graded():
+    """Not even a reply that is the answer in its right form."""
+    tokenizer, graded = data.char_tokenizer("hops"), []
+    tool = train.tools.Tool(lambda calls: ["#7$"] * len(calls), "a", "]", "(", ")", marks="")
 
-    def noted(scorer, items):
+    def scorer(items):
         graded.extend(text for _, text, _ in items)
-        return real(scorer, items)
-    monkeypatch.setattr(train.rewards.Scorer, "__call__", noted)
-    run(*TALKING, "--steps", 1, "--out", "r")
-    assert metrics("r")[0]["calls"] > 0.5
-    assert any("][" in text for text in graded) and not any("(#" in text for text in graded)
+        return [(0.0, "ok")] * len(items)
+    run = SimpleNamespace(flags=train.Flags(template="none", max_new_tokens=60), scorer=scorer,
+                          model=small_net(vocab_size=len(tokenizer), initializer_range=0.1),
+                          tokenizer=tokenizer, end_ids=[], tool=tool)
+    problems = data.load("hops", "test", 16)
+    rollouts = train.sample(run, data.encode(problems, "none", tokenizer, 99), range(16), 4)
+    whole = [tokenizer.decode(r.tokens[r.prompt_len:]) for r in rollouts]
+    assert sum(text.count("](#7$)") for text in whole) > 3
+    assert graded == [text.replace("](#7$)", "]") for text in whole]
 
 
 def test_groups_never_mix(run, monkeypatch):
