@@ -75,7 +75,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
         whole mini-batch of which these are some rows, so that micro-batches and ranks add up
     ref_logp (B,T), kl_beta: a penalty on the KL to a reference
     sampler_logp (B,T), of a sampler that is not pi_old; correction: one of CORRECTIONS, see there
-    A NaN at a token that counts makes the loss NaN. Misuse raises ValueError."""
+    A NaN at a token that counts makes the loss NaN. Misuse raises ValueError or TypeError."""
     check("loss", name, OBJECTIVES)
     f = OBJECTIVES[name]
     for key in hyper:
