@@ -173,7 +173,7 @@ class Flags:
     kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
     lora: int = flag(0, "rank of LoRA adapters on all matrices of the blocks, which alone are "
                      "trained (0: all weights are)", most=1024)
-    lora_alpha: int = flag(32, "scale of LoRA's adapters, times --lora")
+    lora_alpha: int = flag(32, "LoRA's B A counts lora_alpha / lora times")
     tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory "
                                       "runs out (0: 16384 on CUDA, 4096 on CPU)")
     recompute: bool = flag(False, "activation checkpointing: less memory, more compute")

@@ -287,7 +287,8 @@ def table() -> list[dict]:
     Markdown and in experiments/results/dry_run.json."""
     found = []
     for gpus, lora in ((1, ""), (8, ""), (1, "--lora 8")):
-        print(f"\n| {gpus} x {lora} | " + " | ".join(CARDS) + " |\n|---" + "|---" * len(CARDS) + "|")
+        head = f"| {gpus} x {lora}".strip()
+        print(f"\n{head} | " + " | ".join(CARDS) + " |\n|---" + "|---" * len(CARDS) + "|")
         for name in SHAPES:
             raw, cells = architecture(name), dict.fromkeys(CARDS)
             for turned in LORA_LADDER if lora else LADDER:

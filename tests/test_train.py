@@ -739,6 +739,20 @@ def tensors_in(run_dir, pattern):
     return load_file(file)
 
 
+def as_on_one_card():
+    """FSDP with a single rank: the frozen weights stay out of it, or they would be there twice."""
+    def start_ranks(flags):
+        train.dist.init_process_group("gloo", store=train.dist.HashStore(), rank=0, world_size=1)
+    real = train.shard
+
+    def shard(model, *how):
+        sharded = real(model, *how)
+        names = {name for name, p in model.named_parameters() if hasattr(p, "placements")}
+        assert names == {name for name, _ in model.named_parameters() if ".lora_" in name}
+        return sharded
+    train.start_ranks, train.shard = start_ranks, shard
+
+
 def test_lora_trains_saves_resumes_and_is_shared_by_ranks(run, tmp_path, warm):
     run(*LORA, "--steps", 4, "--out", "whole")
     assert_learned("whole")
@@ -752,6 +766,8 @@ def test_lora_trains_saves_resumes_and_is_shared_by_ranks(run, tmp_path, warm):
 
     finish(start(tmp_path, *LORA, "--steps", 4, "--out", "two", world=2))
     assert_close_runs("whole", "two", 2e-4)
+    finish(start(tmp_path, *LORA, "--steps", 4, "--out", "card", setup=as_on_one_card))
+    assert_close_runs("whole", "card", 2e-4)
     one, two = [tensors_in(out, "adapter/*.safetensors") for out in ("whole", "two")]
     assert any(t.abs().max() > 1e-2 for name, t in one.items() if "lora_B" in name)
     assert all(torch.allclose(t, two[name], atol=2e-4) for name, t in one.items())
