@@ -40,7 +40,8 @@ LONGEST_TEXT = 10**6  # characters of a prompt on the command line: tokenizers d
 
 @dataclass
 class Rollout:
-    """One response. The sampler fills in the first four fields, train.py the others."""
+    """One response. The sampler fills in the first four fields, where there is a tool the last
+    three, too, and train.py the others."""
     tokens: list[int]  # prompt + response, with the EOS if there is one
     prompt_len: int
     logp: list[float]  # of each response token: at the temperature, before top-p, as trained on
