@@ -41,6 +41,7 @@ GRID = {  # gap -> corrections; where the ratio is nearly 1 only the narrowest c
     "none": ("none",), "bfloat16": ("none", "geo_mis"), "8 bits": ("none", "geo_mis"),
     "4 bits": REPAIRS, "3 bits": REPAIRS, "1 step": REPAIRS, "4 steps": REPAIRS}
 SEEDS = range(8)
+COLORS = "#555555 #1f5a99 #d95f0e #e6ab02 #1b9e77 #b0413e".split()
 
 
 # ---- What samples ------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def draw(lines) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(2, 1))
     exact = pick(lines, gap="none", correction="none")
     for i, name in enumerate(REPAIRS):
-        color = ("#555555", "#1f5a99", "#d95f0e", "#e6ab02", "#1b9e77", "#b0413e")[i]
+        color = COLORS[i]
         gaps = [gap for gap in list(GRID)[1:] if pick(lines, gap=gap, correction=name)]
         places = [list(GRID).index(gap) + 0.11 * (i - 2.5) for gap in gaps]
         cells = [pick(lines, gap=gap, correction=name) for gap in gaps]
