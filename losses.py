@@ -1,5 +1,5 @@
 """Advantages, every clipping objective of the field side by side, and how token losses become one
-number. This file needs torch and nothing else of ours: copy it.
+number. It needs torch and no other file of ours: copy it.
 
     A = advantages(reward, group_size=8)                          # rewards (B,) to advantages (B,)
     loss, metrics = policy_loss("acpo", logp, old_logp, A, mask)  # logp, old_logp, mask (B,T)
@@ -36,8 +36,8 @@ def advantages(reward, group_size, kind="grpo", length=None):
     check("advantage", kind, ADVANTAGES)
     R = reward.view(-1, group_size)  # (groups, group_size)
     mean = R.mean(1, keepdim=True)
-    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)  # no signal: 0, not rounding / 1e-6
-    A = (R - mean).masked_fill(flat, 0)  # "mean", Dr. GRPO (2503.20783), is ready
+    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)  # no signal: A is 0, not rounding
+    A = (R - mean).masked_fill(flat, 0)  # kind "mean" (Dr. GRPO, 2503.20783) is done
     n = torch.ones_like(R) if length is None else length.view_as(R).to(R)
     if kind == "grpo":  # 2402.03300
         A = A / (R.std(1, keepdim=True, correction=min(1, group_size - 1)) + 1e-6)
@@ -70,8 +70,8 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     logp (B,T) with gradient, old_logp (B,T): log pi of each token, now and when it was sampled
     adv (B,), (B,1) or (B,T);  pass_rate (B,): share of right answers in the row's group
     mask (B,T): 1 where a token counts; entropy, sum_p2 (B,T): of p over the vocabulary, now
-    agg: one of AGGREGATIONS; group_size, max_len: constants in the means of wapo, dr_grpo; or B, T
-    totals: "tokens", "sequences", "winning_groups" (its share, if of samples), "statistics" of the
+    agg: one of AGGREGATIONS; group_size, max_len: what wapo and dr_grpo divide by, else B and T
+    totals: "tokens", "sequences", "winning_groups" (of a cut group its part), "statistics" of the
         whole mini-batch of which these are some rows, so that micro-batches and ranks add up
     ref_logp (B,T), kl_beta: a penalty on the KL to a reference
     sampler_logp (B,T), of a sampler that is not pi_old; correction: one of CORRECTIONS, see there
@@ -95,7 +95,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     if correction is not None:
         check("correction", correction, CORRECTIONS)
         log_rho = b.old_logp - b.need("sampler_logp").detach()
-        weight = CORRECTIONS[correction](b, log_rho, **correction_args)  # (B,T) or (B,1)
+        weight = CORRECTIONS[correction](b, log_rho, **correction_args).detach()
         b.metrics["masked"] = b.mean(weight == 0)
         loss = loss * torch.where(log_rho.isnan(), log_rho, weight)
     if ref_logp is not None:  # Schulman's k3, an estimate of KL(pi || reference), never negative
@@ -106,8 +106,8 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
     return loss, {key: value.detach() for key, value in b.metrics.items()}
 
 class Batch:
-    """What an objective sees: (B,T) tensors, 0 outside the mask. Only logp, log_ratio and ratio
-    have gradient. An objective may change A and `chosen`, and add to `metrics`."""
+    """What an objective sees: (B,T), outside the mask 0 (ratio, p, p_old: 1); None if not given.
+    Gradient have logp, log_ratio, ratio. It may change A and `chosen`, and add to `metrics`."""
     def __init__(self, logp, old_logp, adv, mask, pass_rate, **optional):
         self.keep = mask.bool()
         self.mask = self.keep.to(torch.promote_types(logp.dtype, torch.float32))
@@ -145,7 +145,7 @@ class Batch:
             raise ValueError(f"this loss needs {name}=; policy_loss says what that is")
         return getattr(self, name)
 def outside(b, low, high, dual_clip=None, ratio=None):
-    """Where PPO stops: losers below the band or beyond the dual clip, winners above; counted."""
+    """The tokens that PPO stops: losers below the band or beyond the dual clip, winners above."""
     ratio = b.ratio if ratio is None else ratio  # (B,T)
     stop = ratio < low if dual_clip is None else (ratio < low) | (ratio > dual_clip)
     losers, winners = (b.A < 0) & stop, (b.A > 0) & (ratio > high)
@@ -227,8 +227,8 @@ def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
     return clip(b, low, high.clamp(max=max(dual_clip or 0, 10.0)), dual_clip)
 @objective("token-mean")
 def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
-    """BAPO (2510.18927): raise a band's lower, then upper bound until winners outweigh losers."""
-    steps = round((high[1] - high[0]) / step)
+    """BAPO (2510.18927): raise a band's lower, then upper end until winners outweigh losers."""
+    steps = round((high[1] - high[0]) / step)  # low in one: a higher one only adds to the losers
     walk = [(low[0], high[0])] + [(low[1], high[0] + step * i) for i in range(steps + 1)]
     ratio, winners, losers = b.ratio.detach(), b.A.clamp(min=0), -b.A.clamp(max=0)
     for lower, upper in walk:
@@ -240,7 +240,7 @@ def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.
 @objective("token-mean")
 def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
     """M2PO (2510.01161): the widest band e^-t .. e^t with mean min(|log ratio|, t)^2 <= budget."""
-    outward = b.mask * (b.A * b.log_ratio > 0)  # the mean is over these
+    outward = b.mask * (b.A * b.log_ratio > 0)  # the mean is over these; at least 1 +- eps:
     square = b.log_ratio.detach().clamp(-20, 20) ** 2 * outward  # (B,T)
     t, end = b.mask.new_tensor([0.0, 20.0])  # no |log ratio| is larger: at 20 nothing is clipped
     for _ in range(50):  # halve the interval that holds t
@@ -271,7 +271,7 @@ def gmpo(b, eps_low=0.4, eps_high=0.4):
 def ctpo(b, eps_low=0.025, eps_high=0.05, dual_clip=0.05, power=0.5):
     """CTPO (2605.07331): the ratio of the prefix up to token t, in a band of exp(+-eps t^power)."""
     prefix = b.log_ratio.cumsum(1).clamp(max=10).exp()  # (B,T), finite as in gspo
-    walk = b.mask.cumsum(1).clamp(min=1) ** power  # t counts response tokens, from 1
+    walk = b.mask.cumsum(1).clamp(min=1) ** power  # of t tokens; dual_clip is an eps, too
     if dual_clip is not None:
         dual_clip = (dual_clip * walk).exp()
     low, high = (-eps_low * walk).exp(), (eps_high * walk).exp()
@@ -329,7 +329,7 @@ def aspo(b, eps=0.2, eps_entropy=0.4, quantile=0.8, dual_clip=3.0):
     losers, winners = outside(b, 1 - eps, 1 + eps)
     w = torch.where(b.A > 0, 1 / b.ratio, b.ratio).detach()
     ratio = b.as_ratio(w)
-    if dual_clip is not None:  # as the official code: weight dual_clip, in another form
+    if dual_clip is not None:  # official code: beyond it the gradient is dual_clip A
         ratio = torch.where(w > dual_clip, dual_clip * b.logp, ratio)
     return -b.A * torch.where(winners, 1 / (1 + eps), torch.where(losers, 1 - eps, ratio))
 @objective("seq-mean-token-sum-norm")
@@ -440,7 +440,7 @@ def raft(b):
     """RAFT (2504.11343): maximum likelihood of the winners. -max(A, 0) log pi"""
     return -b.A.clamp(min=0) * b.logp
 # ---- The sampler is not the trainer: a weight for any loss, from rho = pi_old / pi_sampler -------
-# What has weight 0 still counts in the mean, as in the papers and TRL; where verl rejects, not.
+# f(b, log_rho (B,T), bounds): (B,T) or (B,1). Weight 0 counts in the mean; in verl's masks not.
 def tis(b, log_rho, high=2.0):  # truncated importance sampling, verl's bound
     return log_rho.exp().clamp(max=high)
 def icepop(b, log_rho, low=0.5, high=5.0):  # IcePop (2510.18855): dropped outside a band
@@ -480,7 +480,7 @@ def general_metrics(b):
                "approx_kl": b.mean(b.ratio - 1 - b.log_ratio.clamp(-20, 20)),
                "ratio_sq": b.mean((b.ratio - 1)**2), "ratio_std": b.mean((b.ratio - mean)**2)**0.5}
     if b.sum_p2 is not None:  # WAPO's cells: likelier than two draws agree? did it win?
-        peak, won = b.p >= b.sum_p2, b.A >= 0
+        peak, won = b.p >= b.sum_p2, b.A >= 0  # p above sum p^2: two draws agree less often
         metrics |= {"pos_peak": b.mean(won & peak), "pos_valley": b.mean(won & ~peak),
                     "neg_peak": b.mean(~won & peak), "neg_valley": b.mean(~won & ~peak)}
     return metrics

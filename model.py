@@ -290,7 +290,8 @@ if varlen_attn and "window_size" in inspect.signature(varlen_attn).parameters:
 
 # PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD's cores; oneDNN, which comes with PyTorch,
 # takes their AVX-512 and is up to twice as fast. On Intel's cores MKL takes it too. A call of
-# oneDNN costs 25 us more: it gets products of so many multiplications. RLVR_ONEDNN=1 or 0 overrides.
+# oneDNN costs 25 us more: it gets products of at least ONEDNN_FROM multiplications. RLVR_ONEDNN=1
+# or 0 overrides.
 def onednn_is_faster() -> bool:
     cpus = Path("/proc/cpuinfo")
     amd = cpus.is_file() and "AuthenticAMD" in cpus.open().read(1000)
@@ -479,7 +480,7 @@ def log_probs(h, W, temperature):
 
 # ---- The model ----
 
-PEFT = "base_model.model.model."  # before the names of an adapter's tensors
+PEFT_PREFIX = "base_model.model.model."  # before the names of an adapter's tensors
 
 
 class Model(nn.Module):
@@ -495,7 +496,7 @@ class Model(nn.Module):
         # a plain attribute: no weight, and never cast to bfloat16
         self.inv_freq = inverse_frequencies(config)
         # FSDP has gathered all weights for sampling: call the blocks past its hooks
-        self.whole = False
+        self.gathered = False
         # keep each block's input alone for backward: a third more compute, far less memory
         self.recompute = False
         self.source: Path | None = None  # the directory it came from
@@ -527,7 +528,7 @@ class Model(nn.Module):
                 x = checkpoint(layer, x, rope, attend, i, use_reentrant=False,
                                preserve_rng_state=False)
             else:
-                x = (layer.forward if self.whole else layer)(x, rope, attend, i)
+                x = (layer.forward if self.gathered else layer)(x, rope, attend, i)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -569,7 +570,7 @@ class Model(nn.Module):
 
     def adapters(self) -> dict[str, Tensor]:
         """LoRA's tensors, by the names that PEFT gives them."""
-        return {f"{PEFT}{name}.weight": p
+        return {f"{PEFT_PREFIX}{name}.weight": p
                 for name, p in self.named_parameters() if ".lora_" in name}
 
     def use_lora(self, on) -> None:
@@ -602,8 +603,8 @@ class Model(nn.Module):
     @staticmethod
     def from_pretrained(path_or_hub_id, dtype=torch.float32, device="cpu") -> "Model":
         """A checkpoint directory, a run directory of train.py (its newest checkpoint) or a hub id;
-        a PEFT adapter (LoRA) is merged into its base. FileNotFoundError or ValueError, one line that
-        names the file or tensor."""
+        a PEFT adapter (LoRA) is merged into its base. FileNotFoundError or ValueError, one line
+        that names the file or tensor."""
         source = find_checkpoint(path_or_hub_id)
         own_weights = any(source.glob("model*.safetensors"))
         if (source / "adapter_config.json").is_file() and not own_weights:
@@ -990,9 +991,9 @@ def copy_into(local, t) -> None:
 
 # in an adapter_config.json: what may stand there, and for all other keys, null, false or nothing
 USUAL = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
-HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path inference_mode r lora_alpha
-lora_dropout target_modules exclude_modules layers_to_transform layers_pattern megatron_core
-qalora_group_size ensure_weight_tying""".split()
+HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path inference_mode r
+lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
+megatron_core qalora_group_size ensure_weight_tying""".split()
 
 
 @torch.no_grad()
@@ -1014,7 +1015,7 @@ def merge_adapter(source, dtype, device) -> Model:
     file = source / "adapter_model.safetensors"
     there, tensors, pairs = scan([file]), {}, {}
     for name, layer in model.linears().items():
-        A, B = [f"{PEFT}{name}.lora_{x}.weight" for x in "AB"]
+        A, B = [f"{PEFT_PREFIX}{name}.lora_{x}.weight" for x in "AB"]
         if A in there or B in there:
             tensors[A] = torch.empty(rank, layer.in_features, device=device)
             tensors[B] = torch.empty(layer.out_features, rank, device=device)

@@ -853,8 +853,7 @@ def gym(name, config):
 TASKS = {"chainsum": chainsum, "hops": chainsum, "add": add, "countdown": countdown,
          "tableqa": tableqa, "kk": kk, "qa": qa, "search": search, "math": math,
          "exact_box": exact_box, "exact_line": exact_line, "rg": rg}
-SAY_THE_ANSWER = [task for task in TASKS  # their reference is a response
-                  if task not in ("countdown", "search", "exact_line", "rg")]
+SAY_THE_ANSWER = "chainsum hops add tableqa kk qa math exact_box".split()  # it is a right response
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""
@@ -877,7 +876,9 @@ def check_gold(task, problem):
         return f"its reference is longer than {MAX_CHARS} characters"
     if task == "math":
         text = as_list(reduce_gold(golds[0]))[0]
-    response = f"#{text}$" if TASKS[task] is chainsum else rf"<answer>{text}</answer>\boxed{{{text}}}"
+    response = rf"<answer>{text}</answer>\boxed{{{text}}}"
+    if TASKS[task] is chainsum:
+        response = f"#{text}$"
     if judge(task, response, problem) != (1.0, "ok"):
         return f"no response can equal its reference {text[:60]!r}"
     return None

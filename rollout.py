@@ -45,7 +45,7 @@ class Rollout:
     tokens: list[int]  # prompt + response, with the EOS if there is one
     prompt_len: int
     logp: list[float]  # of each response token: at the temperature, before top-p, as trained on
-    finished: bool  # ended by itself (EOS or stop string); False: cut at max_new_tokens
+    finished: bool  # by itself: EOS or stop string, no call that is open; False: cut
     score: float = 0.0
     status: str = ""  # how grading went
     group: int = 0  # the prompt it answers
@@ -54,7 +54,7 @@ class Rollout:
     group_won: bool = False  # whether any advantage in it is above 0
     old_logp: list[float] | None = None  # where the ratio's denominator is not the sampler's
     drawn: list[bool] | None = None  # of each response token: the policy's, not a tool's; None: all
-    calls: int = 0  # of a tool
+    calls: int = 0  # that a tool was asked
     failed_calls: int = 0
 
     @property
@@ -64,7 +64,9 @@ class Rollout:
 
     def own(self, values):
         """Those of `values` (one per response token) that belong to what the policy drew."""
-        return values if self.drawn is None else [v for v, own in zip(values, self.drawn) if own]
+        if self.drawn is None:
+            return values
+        return [value for value, drawn in zip(values, self.drawn) if drawn]
 
 
 @torch.inference_mode()  # cheaper calls than under no_grad: views are not tracked
@@ -134,8 +136,10 @@ def converse(model, prompts, n=1, max_new_tokens=256, *, tool=None, turns=10, tu
     how["tokenizer"] = tokenizer
     if tool is None:
         return generate(model, prompts, n, max_new_tokens, seed=seed, stop=stop, **how)
-    how["stop"] = *stop, *tool.ends, tool.close
+    how["stop"] = *stop, *tool.ends, tool.call_close
     seeds, budgets = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
+    longest = max((len(prompt) + budget for prompt, budget in zip(prompts, budgets)), default=0)
+    slots_that_fit(model, longest, how.get("kv_tokens"))  # refuses now what would fail turns later
     talks = [Talk(Rollout(list(prompt), len(prompt), [], False, drawn=[]), budget, f"{name} {i}")
              for prompt, budget, name in zip(prompts, budgets, seeds) for i in range(n)]
     rollouts = [talk.rollout for talk in talks]

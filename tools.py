@@ -25,23 +25,23 @@ BODY = 64 * 2**20   # bytes that a server may send
 
 @dataclass
 class Tool:
-    """What the policy writes between `open` and `close` is a call. The reply stands behind it,
-    between `reply_open` and `reply_close`."""
+    """What the policy writes between `call_open` and `call_close` is a call. The reply stands
+    behind it, between `reply_open` and `reply_close`."""
     answer: Callable[[list[str]], list[str]]  # calls -> replies, one each
-    open: str
-    close: str
+    call_open: str
+    call_close: str
     reply_open: str
     reply_close: str
     marks: str              # characters that no reply may hold, as tags are made of them
     ends: tuple = ()        # texts that end a response: it has answered
-    part: int = 10**6       # calls that `answer` gets at once; parts are asked in parallel
+    part: int = 10**6       # `answer` gets at least so many calls at once; parts run in parallel
     seconds: float = 20.0   # for a whole batch of calls
     error: str = "error"    # what the policy reads where there is no reply
 
     def call_in(self, text) -> str | None:
         """The call with which a turn ends; None if it ends in another way."""
-        before, closed, _ = text.partition(self.close)
-        _, opened, call = before.rpartition(self.open)
+        before, closed, _ = text.partition(self.call_close)
+        _, opened, call = before.rpartition(self.call_open)
         return call if opened and closed else None
 
     def ask(self, calls) -> list[tuple[str, bool]]:
@@ -153,4 +153,6 @@ def make(kind, fact=None, url="", passages=list) -> Tool | None:
         raise ValueError(f"--search_url {url}: must begin with http:// or https://")
     if kind == "facts":
         return facts(fact)
-    return search(() if url else passages(), url) if kind == "search" else None
+    if kind == "search":
+        return search(() if url else passages(), url)
+    return None

@@ -61,7 +61,7 @@ def train(run: "Run") -> None:
     """The algorithm. From the second update on, the policy is not the one that sampled any more;
     what to do with the ratio of the two is what the objectives in losses.py differ in."""
     flags = run.flags
-    # Over each rollout: one pass that adds no hyper-parameter, unless flag or objective say more.
+    # Passes over a rollout, each a dict of more hyper-parameters, {} as a rule.
     passes = flags.epochs * losses.OBJECTIVES[flags.loss].passes
     while run.step < flags.steps and not run.stopped:
         run.step += 1
@@ -78,12 +78,13 @@ def train(run: "Run") -> None:
         assign_advantages(rollouts, flags)
 
         # Learning: K = --updates gradient steps, each on a mini-batch of its own.
-        tokens = len(passes) * sum(r.length for r in rollouts)
+        batches = minibatches(rollouts, flags)
+        tokens = len(passes) * sum(r.length for minibatch in batches for r in minibatch)
         meter, norms = Meter(tokens), []
         if flags.old_logp == "trainer":
             recompute_old_logp(run, rollouts, meter)
         for extra in passes:
-            for minibatch in minibatches(rollouts, flags):
+            for minibatch in batches:
                 norms.append(update(run, minibatch, extra, meter, first=not norms))
         update_seconds = time.time() - began - rollout_seconds
 
@@ -108,7 +109,7 @@ def flag(default, text, **limits):
     return field(default=default, metadata={"help": text, **limits})
 
 
-TEMPLATES = ", ".join(["auto", *data.TEMPLATES])  # a field of Flags is called data, too
+TEMPLATE_NAMES = ", ".join(["auto", *data.TEMPLATES])  # in Flags `data` is a field
 
 
 @dataclass
@@ -118,14 +119,14 @@ class Flags:
     loss_args: tuple = flag((), "its hyper-parameters, as alpha=2 eps=0.1")
     advantage: str = flag("", f"{', '.join(losses.ADVANTAGES)} (default: the objective's own)")
     agg: str = flag("", f"{', '.join(losses.AGGREGATIONS)} (default: the objective's own)")
-    acpo_stats: str = flag("batch", "ACPO's statistics: over the mini-batch of all ranks, or micro "
-                           "(official code)", choices=("batch", "micro"))
+    acpo_stats: str = flag("batch", "statistics of acpo, or of your objective: over the mini-batch "
+                           "of all ranks, or micro (official code)", choices=("batch", "micro"))
 
     model: str = flag("", "checkpoint directory or hub id (default: a new small model)")
     data: str = flag("chainsum", "procedural task, hub dataset, rg:NAME or a local file")
     data_args: tuple = flag((), "configuration of an rg: task, as size=4")
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
-    template: str = flag("auto", TEMPLATES)
+    template: str = flag("auto", TEMPLATE_NAMES)
     template_args: tuple = flag((), "for chat templates, as enable_thinking=false")
     tool: str = flag("", "what the policy may call: none, facts (of hops, whose default it is) or "
                      "search", choices=("", *tools.KINDS))
@@ -142,7 +143,7 @@ class Flags:
                           "(default: the objective's own)", choices=("", "groups", "samples"))
     epochs: int = flag(1, "passes over each rollout")
     max_prompt_tokens: int = flag(1024, "a longer prompt is an error")
-    skip_long_prompts: bool = flag(False, "or its question is left out")
+    skip_long_prompts: bool = flag(False, "leave out questions with a longer prompt")
     max_new_tokens: int = flag(0, "longest response (0: 1024 with --model, else twice the longest "
                                "demonstration)")
     max_tokens: int = flag(0, "longest prompt + response: a long prompt shortens its responses "
@@ -244,7 +245,7 @@ def collect(run) -> tuple[list[Rollout], list[Rollout]]:
         missing = flags.prompts - len(useful)
         numbers = range(run.position, run.position + missing)
         run.position += missing
-        questions = [question_number(run, number) for number in numbers]
+        questions = [nth_question(run, number) for number in numbers]
         rollouts = sample(run, questions, numbers, flags.samples)
         sampled += rollouts
         for group in groups_of(rollouts, flags.samples):
@@ -257,7 +258,7 @@ def collect(run) -> tuple[list[Rollout], list[Rollout]]:
     return [rollout for group in chosen for rollout in group], sampled
 
 
-def question_number(run, number) -> data.Question:
+def nth_question(run, number) -> data.Question:
     """An endless series, shuffled anew every epoch: a function of the seed and the number alone,
     so that a resumed run needs no random state."""
     epoch, i = divmod(number, len(run.questions))
@@ -316,8 +317,8 @@ def longest_response(flags, prompt: int) -> int:
 
 
 def evaluate(run) -> float:
-    """Mean score of one sampled response to each held-out question; seeds are below 0, training's
-    are not, so that neither touches the other."""
+    """Mean score of one sampled response to each held-out question; their numbers are below 0,
+    training's are not, so that no seed serves both."""
     numbers = [-1 - i for i in range(len(run.held_out))]
     return mean(r.score for r in sample(run, run.held_out, numbers, 1))
 
@@ -330,11 +331,11 @@ def whole_weights(model):
     units = [m for m in model.modules() if hasattr(m, "unshard")]
     for unit in units:
         unit.unshard()
-    model.whole = True
+    model.gathered = True
     try:
         yield
     finally:
-        model.whole = False
+        model.gathered = False
         for unit in units:
             unit.reshard()
         if DEVICE.type == "cuda":  # else the update carves the KV cache's block into pieces
@@ -369,8 +370,8 @@ def groups_of(items, size) -> list[list]:
 
 
 def minibatches(rollouts, flags) -> list[list[Rollout]]:
-    """K lists: of whole groups, or, by samples, of the first samples of all groups, the next, ...;
-    of single responses, in that order, where K exceeds the groups or the samples of one."""
+    """At most K lists, of whole groups or, by samples, of some samples of every group. Where there
+    are fewer of these than K, single responses are dealt out in the same order."""
     size = flags.samples
     if by_samples(flags):
         rollouts = [rollout for j in range(size) for rollout in rollouts[j::size]]
@@ -406,7 +407,8 @@ def update(run, minibatch, extra, meter, first=False) -> float:
               # of a group that is spread over mini-batches, each has a part
               "winning_groups": sum(r.group_won for r in minibatch) / flags.samples}
     if objective.statistics and flags.acpo_stats == "batch":
-        same = first and not flags.rollout_dtype  # else the ratio is not 1 from the start
+        # pi_old is still the policy, but for a sampler in another dtype
+        same = first and (flags.old_logp == "trainer" or rollout_dtype(flags) == compute_dtype())
         totals["statistics"] = statistics(run, objective, parts, hyper, same)
 
     mine = parts[RANK::WORLD]
@@ -457,14 +459,14 @@ def step_optimizer(run) -> float:
 def microbatches(rollouts, budget) -> list[list[Rollout]]:
     """Bins of nearly equal tokens, at most `budget` unless a rollout alone is longer. Their number
     is a multiple of the ranks, and rank r takes bins r, r + WORLD, ...; a bin may be empty."""
-    padded = attention_kernel(DEVICE, compute_dtype()) == "sdpa"
+    pads = attention_kernel(DEVICE, compute_dtype()) == "sdpa"
     longest = defaultdict(int)  # of each group
     for rollout in rollouts:
         longest[rollout.group] = max(longest[rollout.group], len(rollout.tokens))
 
     def order(rollout):
         """Like lengths together where attention pads them; else groups, which share a prompt."""
-        length = len(rollout.tokens) if padded else longest[rollout.group]
+        length = len(rollout.tokens) if pads else longest[rollout.group]
         return length, rollout.group
     rollouts = sorted(rollouts, key=order)
     size = sum(len(r.tokens) for r in rollouts)
@@ -521,14 +523,14 @@ def per_rollout(rollouts, name) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(run, objective, parts, hyper, first) -> Tensor:
+def statistics(run, objective, parts, hyper, same) -> Tensor:
     """What an objective must know of the whole mini-batch before its first loss (ACPO: moments of
-    the ratio), summed over micro-batches and ranks: one more forward pass. Before the first update
-    the ratio is 1 but for rounding, and the pass is spared."""
+    the ratio), summed over micro-batches and ranks: one more forward pass. While the policy is the
+    `same` as pi_old, the ratio is 1 but for rounding, and the pass is spared."""
     total = 0
     for micro in parts[RANK::WORLD]:
         mask, old_logp = recorded(micro)
-        logp = old_logp if first else token_stats(run.model, micro, run.flags).logp
+        logp = old_logp if same else token_stats(run.model, micro, run.flags).logp
         total = total + objective.statistics(logp, old_logp, mask, **hyper)
     if WORLD > 1:
         dist.all_reduce(total)
@@ -537,7 +539,7 @@ def statistics(run, objective, parts, hyper, first) -> Tensor:
 
 @torch.no_grad()
 def recompute_old_logp(run, rollouts, meter) -> None:
-    """Put the trainer's own log-probs in the place of the sampler's, on every rank."""
+    """Sets .old_logp to the trainer's own log-probs, on every rank; .logp stays the sampler's."""
     mine = []
     numbered = {id(rollout): i for i, rollout in enumerate(rollouts)}
     for micro in microbatches(rollouts, run.flags.tokens_per_microbatch)[RANK::WORLD]:
@@ -1388,9 +1390,6 @@ def check_correction(flags) -> None:
         raise ValueError(f"--rollout_dtype {flags.rollout_dtype}: sharded weights are sampled from "
                          f"as they are gathered, in {str(compute_dtype())[6:]}; only one process "
                          "on a CPU makes a copy")
-    if flags.correction not in ("", "opsm") and flags.old_logp == "sampler":
-        raise ValueError(f"--correction {flags.correction}: the ratio is to the sampler already, "
-                         "and nothing is left to correct; add --old_logp trainer")
     if flags.correction_args and not flags.correction:
         raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: of which "
                          "--correction?")
@@ -1401,6 +1400,9 @@ def check_correction(flags) -> None:
     except (TypeError, RuntimeError) as e:
         raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: {flags.correction} "
                          f"cannot use that ({str(e).splitlines()[0]})") from None
+    if flags.correction not in ("", "opsm") and flags.old_logp == "sampler":
+        raise ValueError(f"--correction {flags.correction}: the ratio is to the sampler already, "
+                         "and nothing is left to correct; add --old_logp trainer")
 
 
 def fill_in(flags) -> None:

@@ -36,7 +36,7 @@ NOT, UPPER, LOWER, DUAL_CLIP, LEFT_OUT, NO_ADVANTAGE = range(6)  # what made a w
 def microscope(flags, updates) -> dict:
     """Sample, look, update, look, ...: everything the page shows."""
     run, numbers = set_up(flags), range(flags.prompts)
-    questions = [train.question_number(run, i) for i in numbers]
+    questions = [train.nth_question(run, i) for i in numbers]
     with run.scorer:
         rollouts = train.sample(run, questions, numbers, flags.samples)
     tokens = sum(r.length for r in rollouts)

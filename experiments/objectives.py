@@ -22,7 +22,8 @@ COLUMNS = 6
 FAMILIES = {  # the sections of losses.py
     "A fixed band around ratio 1": ["grpo", "dr_grpo", "dapo", "kl3", "psr_nsr", "wapo"],
     "A band that adapts": ["acpo", "etr", "dcpo", "bapo", "m2po"],
-    "The ratio of the response or of its prefix": ["gspo", "luspo", "gmpo", "ctpo", "vespo", "topr"],
+    "The ratio of the response or of its prefix": ["gspo", "luspo", "gmpo", "ctpo", "vespo",
+                                                   "topr"],
     "Another weight": ["cispo", "cispo_masked", "gppo", "ce_gppo", "dgpo", "aspo", "dppo_tv",
                        "dppo_kl", "ipo", "sapo", "cfpo", "dro"],
     "Which tokens may learn, and how much": ["entropy_top", "entropy_bottom", "ar_lopti", "fipo",

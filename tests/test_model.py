@@ -648,10 +648,10 @@ logp.sum().backward()
 for m in model.modules():
     if hasattr(m, "unshard"):
         m.unshard()
-model.whole = True
+model.gathered = True
 with torch.inference_mode():
     assert torch.allclose(model(*batch)[0], logp, atol=1e-6)
-model.whole = False
+model.gathered = False
 for m in model.modules():
     if hasattr(m, "reshard"):
         m.reshard()

@@ -129,7 +129,7 @@ def test_a_search_r1_server(server):
         ('"T" who was 0\n\n"T" who was 1\n\n"T" who was 2', False),
         (f'"T" {"x" * 1000} 0\n\n"T" {"x" * 1000} 1\n\n"T" {"x" * 1000} 2', False)]
     assert server.heard == [{"queries": ["who was", "x" * 1000], "topk": 3, "return_scores": True}]
-    assert (tool.open, tool.close, tool.ends) == ("<search>", "</search>", ("</answer>",))
+    assert (tool.call_open, tool.call_close, tool.ends) == ("<search>", "</search>", ("</answer>",))
 
 
 @pytest.mark.parametrize("how", ["fails", "garbage", "deep", "list", "few", "types", "hangs",
