@@ -97,7 +97,7 @@ def jumps(name, ratio, w, A):
         fine = torch.linspace(ratio[i].item(), ratio[i + 1].item(), 2001, dtype=torch.float64)
         values = weight(name, fine, A)
         steps = values.diff().abs()
-        if steps.max() > 0.2 * values.max():  # a steep line has no jump when looked at closely
+        if steps.max() > 0.2 * values.abs().max():  # a steep line has none, seen closely
             found.append(fine[steps.argmax()].item())
     return found
 
