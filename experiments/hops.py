@@ -118,10 +118,10 @@ def draw(runs) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].axhline(0.1, color="gray", lw=0.8, ls=":")
-    axes[0].text(40, 0.11, "a guess", ha="right", fontsize=9, color="gray")
+    axes[0].text(40, 0.03, "a guess", ha="right", fontsize=9, color="gray")
     axes[1].axhline(2.5, color="gray", lw=0.8, ls=":")
     axes[1].text(40, 2.08, "what the questions need", ha="right", fontsize=9, color="gray")
-    axes[0].legend(frameon=False, loc="center right")
+    axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.15))
     figure.tight_layout()
     figure.savefig(HERE / "figures/hops.png", dpi=100)
 
