@@ -65,7 +65,7 @@ def flags(gpus=1, *more):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's accounts")
 @pytest.mark.parametrize("case", [
-    dict(recompute=False),
+    dict(recompute=False, tokens=1024),
     pytest.param(dict(recompute=False, lora=8), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True, vocab_size=65536, tokens=1024), marks=pytest.mark.slow),
     pytest.param(dict(recompute=True), marks=pytest.mark.slow),

@@ -1,4 +1,6 @@
 """experiments/gpu_check.py runs whole at toy size, and measures what it says."""
+import contextlib
+import io
 import json
 import math
 import os
@@ -26,9 +28,32 @@ def start(tmp_path, *argv, python=(sys.executable,)):
     return ran.returncode, ran.stdout.strip().splitlines(), found
 
 
-def test_the_whole_of_it_at_toy_size(tmp_path):
+@pytest.mark.slow
+def test_the_command_at_toy_size(tmp_path):
     code, said, found = start(tmp_path)
     assert (code, found["failed"]) == (0, {}), said[-1]
+    check_numbers(said, found)
+
+
+def in_this_process(name, number, args):
+    """gpu_check.child(), without the seconds that a process takes to start."""
+    if name == "tests":
+        return {"result": "not run"}, ""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gpu_check.py", "--part", *name.split(), *args])
+        gpu_check.main()
+    return json.loads(said.getvalue().splitlines()[-1]), ""
+
+
+def test_the_whole_of_it_at_toy_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_check, "child", in_this_process)
+    found = gpu_check.check(tmp_path / "found.json", [])
+    check_numbers(capsys.readouterr().out.splitlines(), found)
+
+
+def check_numbers(said, found):
     assert said[-1].endswith("failed: nothing")
     for name, keys in NUMBERS.items():
         assert set(keys) <= set(found[name])

@@ -130,9 +130,10 @@ def assert_close_runs(a, b, tolerance):
 
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory):
-    """The default run, cut to 15 steps, as a command."""
+    """The default run as a command, cut to half of the warm start and 15 steps."""
     cwd = tmp_path_factory.mktemp("learned")
-    command = [sys.executable, ROOT / "train.py", "--steps", "15", "--eval_problems", "128"]
+    command = [sys.executable, ROOT / "train.py", *"--steps 15 --eval_problems 128".split(),
+               *"--skill_steps 250 --habit_steps 50".split()]
     out = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
     return cwd, out
@@ -142,7 +143,7 @@ def test_the_default_run_learns_from_the_reward_alone(learned):
     cwd, out = learned
     lines = metrics(cwd / "runs/default")
     assert lines[0]["eval"] <= 0.40
-    assert lines[-1]["eval"] >= 0.75
+    assert lines[-1]["eval"] >= 0.7
     assert lines[0]["length"] < 5 and lines[-1]["length"] > 9  # it learned to work things out
     assert all(m["sampler_kl"] < 1e-6 for m in lines)
     assert "held-out accuracy" in out.stdout.splitlines()[-1]
