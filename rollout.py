@@ -231,6 +231,8 @@ class Batch:
         drawn = d.drawn[:self.live].cpu()
         tail = self.patience + 4 * max(map(len, self.stop))  # a character is at most 4 tokens
         for row, made in enumerate(d.made[:self.live].tolist()):
+            if row in self.stopped:
+                continue
             start = max(0, made - tail)
             tokens = drawn[row, start:made].tolist()
             if not self.holds_stop(tokens):
