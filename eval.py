@@ -32,7 +32,7 @@ import data
 import rewards
 import tools
 from model import Model, Progress
-from rollout import converse
+from rollout import converse, generate
 
 SUITES = {"math": "math500 aime24 aime25 amc23 minerva olympiadbench gsm8k".split(),
           "logic": "countdown_hub kk_hub hitab".split(),
@@ -225,12 +225,13 @@ def respond(mine, questions, heads, sampling, job):
     """n rows for each of the questions number `mine`, not graded yet."""
     n, temperature, top_p, seed = sampling
     args = job.args
-    rollouts = converse(job.model, [questions[i].ids for i in mine], n, args.max_new_tokens,
-                        temperature=temperature, top_p=top_p,
-                        seed=[seed * 2**40 + i for i in mine],
-                        eos_ids=job.end_ids, tool=job.tool, turns=args.turns,
-                        turn_tokens=args.turn_tokens, stop=data.TEMPLATES[args.template].stop,
-                        tokenizer=job.tokenizer, progress=MAIN)
+    draw = generate
+    if job.tool:
+        draw = partial(converse, tool=job.tool, turns=args.turns, turn_tokens=args.turn_tokens)
+    rollouts = draw(job.model, [questions[i].ids for i in mine], n, args.max_new_tokens,
+                    temperature, top_p, [seed * 2**40 + i for i in mine], job.end_ids,
+                    stop=data.TEMPLATES[args.template].stop, tokenizer=job.tokenizer,
+                    progress=MAIN)
     rows = []
     for i, rollout in enumerate(rollouts):
         head = heads[mine[i // n] * n + i % n]

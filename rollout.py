@@ -124,19 +124,18 @@ class Talk:
         self.rollout.drawn += [drawn] * len(tokens)
 
 
-def converse(model, prompts, n=1, max_new_tokens=256, *, tool=None, turns=10, turn_tokens=0,
-             seed=0, stop=(), tokenizer=None, **how) -> list[Rollout]:
-    """generate() with a tool (tools.Tool; None is generate() itself). A turn that ends in a call is
-    answered: the reply goes behind it as tokens that the policy did not draw (`drawn` False, `logp`
-    0), and the policy goes on, for at most `turns` turns of `turn_tokens` tokens (0: any) and
-    max_new_tokens in all, replies included. finished: the last turn ended by itself, in no call.
+def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0,
+             eos_ids=None, *, tool, turns=10, turn_tokens=0, stop=(), tokenizer=None,
+             **how) -> list[Rollout]:
+    """generate() with a tool (tools.Tool). A turn that ends in a call is answered: the reply goes
+    behind it as tokens that the policy did not draw (`drawn` False, `logp` 0), and the policy goes
+    on, for at most `turns` turns of `turn_tokens` tokens (0: any) and max_new_tokens in all, replies
+    included. finished: the last turn ended by itself, in no call.
 
     Every turn is a generate() of its own. It prefills the conversation anew: a little compute for a
     sampler that need not know of tools."""
-    how["tokenizer"] = tokenizer
-    if tool is None:
-        return generate(model, prompts, n, max_new_tokens, seed=seed, stop=stop, **how)
-    how["stop"] = *stop, *tool.ends, tool.call_close
+    how |= {"temperature": temperature, "top_p": top_p, "eos_ids": eos_ids, "tokenizer": tokenizer,
+            "stop": (*stop, *tool.ends, tool.call_close)}
     seeds, budgets = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
     longest = max((len(prompt) + budget for prompt, budget in zip(prompts, budgets)), default=0)
     slots_that_fit(model, longest, how.get("kv_tokens"))  # refuses now what would fail turns later

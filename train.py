@@ -48,7 +48,7 @@ import rewards
 import tools
 from model import (Model, Progress, attention_kernel, checksums, damaged, find_checkpoint, flush,
                    pack, read_json, read_tensors, replace_directory, write_tensors, write_text)
-from rollout import Rollout, converse
+from rollout import Rollout, converse, generate
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -277,13 +277,15 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     over the ranks. `numbers` (one per question) seed the sampling and name the groups."""
     flags, mine = run.flags, range(RANK, len(questions), WORLD)
     barrier()
+    draw = generate
+    if run.tool:
+        draw = partial(converse, tool=run.tool, turns=flags.turns, turn_tokens=flags.turn_tokens)
     with whole_weights(run.model):
-        rollouts = converse(
+        rollouts = draw(
             sampling_model(run), [questions[i].ids for i in mine], n,
             [longest_response(flags, len(questions[i].ids)) for i in mine],
             temperature=flags.temperature, seed=[flags.seed * 2**40 + numbers[i] for i in mine],
-            eos_ids=run.end_ids, tool=run.tool, turns=flags.turns, turn_tokens=flags.turn_tokens,
-            stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
+            eos_ids=run.end_ids, stop=data.TEMPLATES[flags.template].stop, tokenizer=run.tokenizer,
             kv_tokens=flags.kv_tokens or None, progress=MAIN)
     asked = [i for i in mine for _ in range(n)]
     to_grade = []

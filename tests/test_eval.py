@@ -331,14 +331,14 @@ def test_another_seed_is_another_sample(call, whole, tmp_path):
 def test_stopped_in_the_middle_and_started_again(call, refused, whole, tmp_path, monkeypatch):
     """Ctrl-C in the third batch: two are on disk, the second call samples the rest only."""
     asked = []
-    real = evaluation.converse
+    real = evaluation.generate
 
     def generate(model, prompts, *args, **kw):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(len(prompts))
         return real(model, prompts, *args, **kw)
-    monkeypatch.setattr(evaluation, "converse", generate)
+    monkeypatch.setattr(evaluation, "generate", generate)
     flags = ("--out", tmp_path / "b", "--limit", 24, "--n", 4)
     assert "the same command goes on" in refused(*flags)
     assert len(rows_of(tmp_path / "b")) == 32 and not (tmp_path / "b" / "results.json").exists()
@@ -346,7 +346,7 @@ def test_stopped_in_the_middle_and_started_again(call, refused, whole, tmp_path,
     def counted(model, prompts, *args, **kw):
         asked.append(len(prompts))
         return real(model, prompts, *args, **kw)
-    monkeypatch.setattr(evaluation, "converse", counted)
+    monkeypatch.setattr(evaluation, "generate", counted)
     assert "samples_chainsum.jsonl: 32 of 96 responses are there already" in call(*flags)
     assert sum(asked[2:]) == 24 - 8 + 24  # sixteen questions, and the greedy pass
     same(whole, tmp_path / "b")
@@ -375,7 +375,7 @@ def test_responses_are_kept_and_graded_anew(call, whole, monkeypatch):
     for r in rows[8:12]:
         r["answer"] = {"answer": "corrected since"}
     write(whole / "samples_chainsum.jsonl", rows)
-    monkeypatch.setattr(evaluation, "converse", nothing_is_sampled)
+    monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
     call("--out", whole, "--limit", 24, "--n", 4)
     again = rows_of(whole)
     assert (again[5]["score"], again[5]["status"]) == (1.0, "ok")
@@ -386,7 +386,7 @@ def test_responses_are_kept_and_graded_anew(call, whole, monkeypatch):
 def test_a_smaller_limit_loses_nothing_a_larger_one_continues(call, whole, tmp_path, monkeypatch):
     before = rows_of(whole)
     with monkeypatch.context() as m:
-        m.setattr(evaluation, "converse", nothing_is_sampled)
+        m.setattr(evaluation, "generate", nothing_is_sampled)
         call("--out", whole, "--limit", 10, "--n", 4)
     assert results_of(whole)["chainsum"]["questions"] == 10 and rows_of(whole) == before
     call("--out", whole, "--limit", 30, "--n", 4)
@@ -574,7 +574,7 @@ def test_reasoning_gym_as_a_task(call, chatty):
     (["--max_new_tokens", "255"], "the prompt of chainsum-test-0 has 7 tokens, allowed: 1 to 1"),
     (["--tasks", "no/such.jsonl"], "no such file")])
 def test_bad_flags(refused, tmp_path, monkeypatch, flags, says):
-    monkeypatch.setattr(evaluation, "converse", nothing_is_sampled)
+    monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
     assert says in refused("--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 

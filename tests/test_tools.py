@@ -293,14 +293,11 @@ def test_turns_tokens_and_the_budget_end_a_conversation():
         assert len(r.logp) <= limits[i // 4] and r.drawn[-1]  # no reply that nobody reads
 
 
-def test_without_a_tool_or_a_call_it_is_generate():
+def test_with_one_turn_it_is_generate():
     model, some = policy(), prompts()
     plain = generate(model, some, 4, 120, seed=5, eos_ids=[], stop=("]",), tokenizer=CHARS)
     for a, b in zip(plain, talk(model, some, turns=1)):
         assert (a.tokens, a.logp) == (b.tokens, b.logp)
-    plain = generate(model, some, 4, 120, seed=5, eos_ids=[])
-    for a, b in zip(plain, talk(model, some, tool=None), strict=True):
-        assert (a.tokens, a.logp, a.finished, b.drawn) == (b.tokens, b.logp, b.finished, None)
 
 
 def test_a_tool_that_fails_is_counted_and_the_policy_reads_why():
