@@ -770,6 +770,19 @@ def test_chat_template_bos_and_arguments():
         render(SUM, "chat")
 
 
+def test_a_tokenizer_adds_no_bos_of_its_own():
+    """Llama's puts one before every text: the templates have it already, and two are not trained."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = byte_tokenizer()
+    bos = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos])
+    assert tokenizer("x").input_ids[0] == bos[1]
+    tokenizer.bos_token = bos[0]
+    assert data.encode([SUM], "orz", tokenizer, 2000)[0].ids.count(bos[1]) == 1
+    assert data.encode([SUM], "none", tokenizer, 500)[0].ids.count(bos[1]) == 0
+
+
 def test_a_date_in_a_chat_template_stands_still():
     """Responses must not be thrown away at midnight because the prompt says what day it is."""
     tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y, %A') }}")
