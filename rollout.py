@@ -129,8 +129,8 @@ def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
              **how) -> list[Rollout]:
     """generate() with a tool (tools.Tool). A turn that ends in a call is answered: the reply goes
     behind it as tokens that the policy did not draw (`drawn` False, `logp` 0), and the policy goes
-    on, for at most `turns` turns of `turn_tokens` tokens (0: any) and max_new_tokens in all, replies
-    included. finished: the last turn ended by itself, in no call.
+    on, for at most `turns` turns of `turn_tokens` tokens (0: any) and max_new_tokens in all,
+    replies included. finished: the last turn ended by itself, in no call.
 
     Every turn is a generate() of its own. It prefills the conversation anew: a little compute for a
     sampler that need not know of tools."""
