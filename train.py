@@ -406,7 +406,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
     barrier()
     # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
     totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
-              # of a group that is spread over mini-batches, each has a part
+              # of a group that is spread over mini-batches, or cut by --mask_truncated, a part
               "winning_groups": sum(r.group_won for r in minibatch) / flags.samples}
     if objective.statistics and flags.acpo_stats == "batch":
         # pi_old is still the policy, but for a sampler in another dtype
