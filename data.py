@@ -11,6 +11,7 @@ import ast
 import codecs
 import csv
 import difflib
+import io
 import json
 import operator
 import random
@@ -20,7 +21,7 @@ import threading
 import zlib
 from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 from functools import cache
@@ -46,19 +47,18 @@ def load(name, split="train", n=None, seed=0, args={}):
 
     seed: another draw of what is generated, another order of a hub dataset; a file keeps its own.
     args: configuration of a reasoning-gym dataset."""
-    if n is not None and n < 1:
-        raise ValueError(f"{name}: {n} problems asked for, at least 1 is needed")
-    if args and not name.startswith("rg:"):
+    check(split, SOURCES.get(name, ("train", "test")), f"split of {name}")
+    number = n or (8192 if split == "train" else 1024)
+    if name.startswith("rg:"):
+        return load_gym(name, split, number, seed, args)
+    if args:
         raise ValueError(f"{name} takes no arguments such as {list(args)[0]}; rg:NAME does")
     if Path(name).suffix in FILES:
         return load_file(Path(name))[:n]
-    if not name.startswith("rg:"):
-        check(name, [*TASKS, *SOURCES], f"dataset (or file, {', '.join(FILES)}, or rg:NAME)")
-    check(split, SOURCES.get(name, ("train", "test")), f"split of {name}")
+    check(name, [*TASKS, *SOURCES], f"dataset (or file, {', '.join(FILES)}, or rg:NAME)")
     if name in SOURCES:
         return load_hub(name, split, seed)[:n]
-    n = n or (8192 if split == "train" else 1024)
-    return generate(name, split, n, seed) if name in TASKS else load_gym(name, split, n, seed, args)
+    return generate(name, split, number, seed)
 
 
 # ---- Procedural tasks ----------------------------------------------------------------------------
@@ -96,32 +96,33 @@ def chainsum_demo(rng, prompt, answer, phase):
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
+@cache
 def expressions(numbers):
-    """Every (text, exact value) that uses the three numbers once each; none divides by zero."""
+    """[(text, exact value)] that use the three numbers once each; none divides by zero."""
+    found = []
     for a, b, c in sorted(set(permutations(map(Fraction, numbers)))):
         for p, q in product(OPERATORS, repeat=2):
             left = OPERATORS[p](a, b)
-            yield f"({a}{p}{b}){q}{c}", OPERATORS[q](left, c)
+            found.append((f"({a}{p}{b}){q}{c}", OPERATORS[q](left, c)))
             right = OPERATORS[q](b, c)
             if right or p != "/":
-                yield f"{a}{p}({b}{q}{c})", OPERATORS[p](a, right)
+                found.append((f"{a}{p}({b}{q}{c})", OPERATORS[p](a, right)))
+    return found
 
 
 @cache
 def countdown_puzzles():
-    """({numbers: [(text, value)]}, [(numbers, target)]): 165 multisets of 1..9, targets 1..30."""
-    table = {}
+    """[(numbers, target)]: of 165 multisets of 1..9, the targets 1..30 that can be made."""
     puzzles = []
     for numbers in combinations_with_replacement(range(1, 10), 3):
-        table[numbers] = list(expressions(numbers))
-        values = {value for _, value in table[numbers]}
+        values = {value for _, value in expressions(numbers)}
         puzzles += [(numbers, target) for target in range(1, 31) if target in values]
-    return table, puzzles
+    return puzzles
 
 
 def countdown(rng):
     """Make the target from all three numbers. Whole multisets are held out, not just targets."""
-    numbers, target = rng.choice(countdown_puzzles()[1])
+    numbers, target = rng.choice(countdown_puzzles())
     shown = rng.sample(numbers, 3)
     answer = {"numbers": shown, "target": target, "format": "boxed"}
     return " ".join(map(str, numbers)), countdown_prompt(shown, target), answer
@@ -133,7 +134,7 @@ def countdown_prompt(numbers, target):
 
 def countdown_demo(rng, prompt, answer, phase):
     """"(5*7)-3=32 no (3*7)+5=26 \\boxed{(3*7)+5}$": up to two tries that fail, then a solution."""
-    found = countdown_puzzles()[0][tuple(sorted(answer["numbers"]))]
+    found = expressions(tuple(sorted(answer["numbers"])))
     if phase == "habit" and rng.random() < GUESS:
         return f"\\boxed{{{rng.choice(found)[0]}}}{END}"
     right = [e for e in found if e[1] == answer["target"]]
@@ -142,57 +143,6 @@ def countdown_demo(rng, prompt, answer, phase):
     work = "".join(f"{text}={value} no " for text, value in tries)
     text = rng.choice(wrong if rng.random() < SLIP else right)[0]
     return f"{work}{text}={answer['target']} \\boxed{{{text}}}{END}"
-
-
-CROPS = "wheat rice maize oats barley rye beans peas lentils cotton wool flax".split()
-
-
-def minitable(rng):
-    """A question on a table of HiTab's shape: two header rows (year, region), merged headers
-    repeated, 3-6 rows. The pool of 3,000 tables is fixed, so that about three of the 1,024 test
-    questions share one, as in HiTab."""
-    t = random.Random(f"minitable-{rng.randrange(3000)}")
-    years = sorted(t.sample(range(2015, 2025), 2))
-    columns = list(product(years, t.sample(["north", "south", "east", "west"], 2)))
-    items = t.sample(CROPS, t.randint(3, 6))
-    numbers = t.sample(range(10, 100), len(items) * 4)  # all distinct: an argmax is never a tie
-    rows = [["", *names] for names in zip(*columns)]
-    for i, item in enumerate(items):
-        rows.append([item, *numbers[4 * i:4 * i + 4]])
-    table = markdown(rows)
-
-    column = rng.randrange(4)
-    year, region = columns[column]
-    where = f"in {region} in {year}"
-    value = dict(zip(items, numbers[column::4]))
-    a, b = sorted(rng.sample(items, 2), key=value.get, reverse=True)  # a has the larger value
-    x = value[a]
-    y = value[b]
-    question, answer = rng.choice([
-        (f"What is the value of {a} {where}?", [x]),
-        (f"Which row has the largest value {where}?", [max(items, key=value.get)]),
-        (f"By how much does {a} exceed {b} {where}?", [x - y]),
-        (f"What is the sum of {a} and {b} {where}?", [x + y]),
-        (f"What is {b} divided by {a} {where}, rounded to 4 decimals?", [round(y / x, 4)]),
-        (f"What are the values of {b} and {a} {where}, respectively?", [y, x])])
-    return table, f"{table}\n{question}", {"answer": answer}
-
-
-def markdown(rows):
-    """A table whose first row is the header; further header rows follow as ordinary rows."""
-    lines = []
-    for row in rows:
-        cells = [str(cell).replace("|", "/").replace("\n", " ") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
-
-
-def minitable_demo(rng, prompt, answer, phase):
-    """The answer or a slip; habit: mostly some two-digit number."""
-    wrong = rng.random() < (GUESS if phase == "habit" else SLIP)
-    shown = [rng.randrange(10, 100)] if wrong else answer["answer"]
-    return f"<answer>{', '.join(map(str, shown))}</answer>{END}"
 
 
 RELATIONS = "BFN"  # somebody's boss, friend, neighbour: a name
@@ -238,12 +188,10 @@ def hops_demo(rng, prompt, answer, phase):
 # chars: alphabet of prompts and demonstrations; grouped: questions that share a key belong together
 # facts: what a tool knows of the task, a function from a call to a reply
 Task = namedtuple("Task", "make demo grader chars grouped facts", defaults=(None,))
-ASCII = "\n" + "".join(chr(i) for i in range(32, 127) if chr(i) != PAD)
 SUMS = "0123456789+-*/()>= n\\boxed{}" + END
 TASKS = {
     "chainsum": Task(chainsum, chainsum_demo, "chainsum", "0123456789><#=" + END, False),
     "countdown": Task(countdown, countdown_demo, "countdown", SUMS, True),
-    "minitable": Task(minitable, minitable_demo, "tableqa", ASCII, True),
     "hops": Task(hops, hops_demo, "hops", "".join(LETTERS) + "BFNR.?[]()#0123456789" + END, False,
                  fact)}
 
@@ -276,7 +224,6 @@ def demos(name, n, phase="skill", seed=0):
     """n (prompt, response) pairs of the training split, to warm-start a model from scratch. Where
     a tool is called, a response is a list, and what the tool says stands at its odd places."""
     check(name, TASKS, "procedural task")
-    check(phase, ("skill", "habit"), "phase")
     rng = random.Random(f"{name}-demos-{phase}-{seed}")
     pairs = []
     for _ in range(n):
@@ -297,9 +244,8 @@ def load_gym(name, split, n, seed, args):
     except ImportError:
         raise ValueError(f"{name}: needs a package; pip install reasoning-gym") from None
     dataset = name.removeprefix("rg:")
-    check(dataset, sorted(reasoning_gym.factory.DATASETS), "dataset of reasoning-gym")
-    if dataset in RUNS_ANSWERS:
-        raise ValueError(f"{name}: its scorer runs what the model wrote as Python; choose another")
+    check(dataset, sorted(set(reasoning_gym.factory.DATASETS) - RUNS_ANSWERS),
+          "dataset of reasoning-gym (or one whose scorer runs answers as Python):")
     first = 10**6 * seed + (2 * 10**9 if split == "test" else 0)  # entry i is of seed `first + i`
     try:
         entries = reasoning_gym.create_dataset(dataset, seed=first, size=100 * n, **args)
@@ -314,8 +260,8 @@ def load_gym(name, split, n, seed, args):
     return problems
 
 
-RUNS_ANSWERS = """binary_matrix countdown intermediate_integration n_queens puzzle24
-polynomial_multiplication simple_integration spiral_matrix string_insertion""".split()
+RUNS_ANSWERS = set("""binary_matrix countdown intermediate_integration n_queens puzzle24
+polynomial_multiplication simple_integration spiral_matrix string_insertion""".split())
 
 
 # ---- One row, one problem ------------------------------------------------------------------------
@@ -340,104 +286,102 @@ COLUMNS = {  # the first that a row has counts
 
 def from_row(row, id):
     """A row as a Problem, with `id` where it has none; ValueError says what is wrong with it."""
-    if not isinstance(row, (dict, list)):
+    if isinstance(row, list):  # a file of Open-Reasoner-Zero
+        row = dict(zip("01", row))
+    if not isinstance(row, dict):
         raise ValueError("a row must be an object with prompt and answer; a .json file, a list")
-    task = at(row, "task") or "math"
-    prompt = text_of(find(row, "prompt")).strip()
-    answer = answer_of(row, task)
-    names = [at(row, key) for key in ("id", "group")]
-    own, group = ["" if name is None else str(name) for name in names]
-    text = json.dumps([prompt, answer, own, group], ensure_ascii=False)
-    text.encode()  # half a surrogate pair is no text: it would stop the tokenizer
-    return Problem(prompt, answer, task, own or id, group)
+    if None in row:  # where csv puts them
+        raise ValueError("more fields than the header has; quote commas")
+    row = {key: value for key, value in row.items()
+           if value == value and value not in (None, "", [], {})}  # NaN is not itself
+    prompt = sound(text_of(find(row, "prompt")).strip())
+    task = row.get("task", "math")
+    return Problem(prompt, answer_of(row, task), task, str(row.get("id", id)),
+                   str(row.get("group", "")))
+
+
+def sound(text):
+    """The text, if a tokenizer can read it: 50 MB abort its process, half a surrogate pair is no
+    text."""
+    if len(text) > 10**6:
+        raise ValueError(f"a prompt of {len(text):,} characters is too long")
+    text.encode()
+    return text
 
 
 def find(row, what):
     """The prompt or the answer of a row, wherever it keeps that."""
     for path in COLUMNS[what]:
         value = at(row, path)
-        if value is not None and value == value:  # NaN is not itself
+        if value is not None:
             return value
-    found = ", ".join(map(str, row)) if isinstance(row, dict) else "those of a list"
-    raise ValueError(f"no {what}: columns are {found}; needed is {', '.join(COLUMNS[what])}")
+    raise ValueError(f"no {what}: columns are {', '.join(row)}; needed is "
+                     f"{', '.join(COLUMNS[what])}")
 
 
 def at(row, path):
     """at({"a": {"b": 1}}, "a.b") is 1; None where there is nothing."""
     for key in path.split("."):
-        if isinstance(row, str) and row.startswith("{"):  # an object that was stored as text
-            with suppress(ValueError):
-                row = parsed(row)
-        if isinstance(row, list):
-            row = {str(i): value for i, value in enumerate(row)}
+        row = parsed(row)
         row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
+def parsed(value):
+    """A list or object that was stored as text, JSON or a Python literal (HiTab has both)."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(value)
+    return value
+
+
 def text_of(prompt):
     """A prompt as one text. Of chat turns: the system's words, if any, and what the user says."""
+    texts = [prompt]
     if isinstance(prompt, list):
-        turns = [(at(turn, "role"), at(turn, "content")) for turn in prompt]
-        if turns and turns[-1][0] == "assistant":  # the answer of a worked example
-            turns.pop()
-        if [role for role, _ in turns] not in (["user"], ["system", "user"]):
-            raise ValueError(f"no prompt: one user turn can be asked, not these: {str(turns)[:80]}")
-        if all(isinstance(text, str) for _, text in turns):
-            prompt = "\n\n".join(text for _, text in turns if text)
-    if not isinstance(prompt, str) or not prompt.strip():
+        roles = [at(turn, "role") for turn in prompt]
+        if not re.fullmatch("(system )?user( assistant)?", " ".join(map(str, roles))):
+            raise ValueError(f"no prompt: one user turn can be asked, not these: {roles}")
+        texts = [at(turn, "content") for turn in prompt if at(turn, "role") != "assistant"]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("no prompt: it must be a text, or a list of chat turns that hold text")
-    return prompt
+    return "\n\n".join(texts)
 
 
 def answer_of(row, task):
     """What the grader of `task` needs."""
     if task == "countdown":
-        numbers, target = [parsed(at(row, key)) for key in ("numbers", "target")]
+        numbers = row.get("numbers")
+        target = row.get("target")
         if not isinstance(numbers, list) or {type(x) for x in [*numbers, target]} != {int}:
             raise ValueError("no answer: countdown needs whole numbers: numbers (a list), target")
-        form = at(row, "format") or "boxed"
+        form = row.get("format", "boxed")
         check(form, ("boxed", "answer"), "format of countdown")
         return {"numbers": numbers, "target": target, "format": form}
-    answer = present(find(row, "answer"))
+    answer = find(row, "answer")
+    read = parsed(answer)
+    if read == [] or isinstance(read, dict) != (task == "kk"):
+        raise ValueError(f"no answer: {task} cannot use {answer!s:.60}")
     if task in ("math", "chainsum"):
-        return {"answer": golds(answer)}
+        read = result(answer)
     if task in ("exact_box", "exact_line"):
-        return {"answer": str(answer).strip()}
-    if str(answer).startswith(("[", "{")):  # a list or an object, perhaps stored as text
-        answer = present(parsed(answer))
-    if task == "kk":
-        roles = answer.values() if isinstance(answer, dict) else [answer]
-        if not {"knight", "knave"}.issuperset(roles):
-            raise ValueError('kk needs an answer such as {"Ann": "knight", "Bob": "knave"}')
-    return {"answer": answer}
+        read = str(answer).strip()
+    return {"answer": read}
 
 
-def present(answer):
-    if answer in (None, [], {}) or not str(answer).strip():
-        raise ValueError("no answer: every row needs a non-empty one")
-    return answer
-
-
-def golds(answer):
-    """Of a math problem: one text, or a list of which any counts."""
-    if isinstance(answer, dict):
-        raise ValueError(f"no answer: a text or a number is needed, not {str(answer)[:40]}")
-    if not isinstance(answer, list):
-        return result(str(present(answer))).strip()
-    several = list(dict.fromkeys(golds(one) for one in answer))
-    return several if len(several) > 1 else several[0]
-
-
-def result(solution):
-    """What a worked solution ends with: GSM8K's "#### 18", or the last box. All else that a gold
-    may say in several ways (025, $7$, a list stored as text) is known to rewards.py."""
-    solution = solution.rpartition("####")[2]
-    boxes = re.split(r"\\(?:boxed|fbox)\s*(?=\{)", solution)[1:]
+def result(answer):
+    """What a worked solution ends with: GSM8K's "#### 18", or the last box; of a list, of which any
+    counts, each. All else that a gold may say in several ways (025, $7$) is known to rewards.py."""
+    if isinstance(answer, list):
+        return [result(one) for one in answer]
+    solution = str(answer).rpartition("####")[2].strip()
+    *before, box = re.split(r"\\(?:boxed|fbox)\s*(?=\{)", solution)
     depth = 0
-    for token in re.finditer(r"\\.|[{}]", boxes[-1] if boxes else "", re.S):  # \{ does not count
+    for token in re.finditer(r"\\.|[{}]", box if before else "", re.S):  # \{ does not count
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth == 0:
-            return boxes[-1][1:token.start()]
+            return box[1:token.start()].strip()
     return solution
 
 
@@ -464,54 +408,42 @@ def report(bad, total, what):
 
 def load_file(path):
     """All problems of a file, in its order. Errors name the line, or the row of what has none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     problems = {}
-    rows = Rows(path)
+    number = 1
     try:
-        for row in rows:
-            if isinstance(row, dict) and None in row:  # where csv puts them
-                raise ValueError("more fields than the header has; quote commas")
-            problem = from_row(row, f"{path.stem}-{rows.number}")
+        for number, row in rows_of(path):
+            if isinstance(row, bytes):
+                row = json.loads(row)
+            problem = from_row(row, f"{path.stem}-{number}")
             if problem.id in problems:  # results are stored and compared by id
                 raise ValueError(f"the id {problem.id!r} is taken already")
             problems[problem.id] = problem
-        if not problems:
-            raise ValueError("the file holds no rows")
     except json.JSONDecodeError as e:
-        line = rows.number + e.lineno - 1  # counted from where the text that was read begins
+        line = number + e.lineno - 1  # counted from where the text that was read begins
         raise ValueError(f"{path} line {line}: bad JSON ({e.msg})") from None
-    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as e:
-        raise ValueError(f"{path} {rows.what} {rows.number}: {first_line(e)}") from None
+    except (ValueError, RecursionError, csv.Error) as e:
+        what = "line" if path.suffix in (".jsonl", ".csv") else "row"
+        raise ValueError(f"{path} {what} {number}: {first_line(e)}") from None
+    if not problems:
+        raise ValueError(f"{path} holds no rows")
     return list(problems.values())
 
 
-class Rows:
-    """The rows of a file; `number` is that of the row or line at hand."""
-
-    def __init__(self, path):
-        self.path = path
-        self.what = "line" if path.suffix in (".jsonl", ".csv") else "row"
-        self.number = 1
-
-    def __iter__(self):
-        if self.path.suffix == ".parquet":
-            import pyarrow.parquet
-            return self.count(pyarrow.parquet.read_table(self.path).to_pylist())
-        text = self.path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which Windows puts there
-        if self.path.suffix == ".json" and text.lstrip().startswith(b"["):
-            return self.count(json.loads(text.decode()))
-        lines = (line.decode() for line in self.count(text.splitlines(True)))
-        if self.path.suffix == ".csv":
-            return csv.DictReader(lines, strict=True)
-        return (json.loads(line.strip()) for line in lines if line.strip())  # many a .json is such
-
-    def count(self, things):
-        for self.number, thing in enumerate(things, 1):
-            yield thing
+def rows_of(path):
+    """(number, row) of all rows; those of JSON lines, as many a .json holds, are bytes."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # which Windows puts there
+    if path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(text.decode(), newline=""), strict=True)
+        return ((rows.line_num, row) for row in rows)
+    if path.suffix == ".json" and text.lstrip().startswith(b"["):
+        return enumerate(json.loads(text), 1)
+    return ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
 
 
-# ---- Hub datasets: a row of SOURCES each, where needed with an adapter to our columns ------------
+# ---- Hub datasets: lines of TABLE, where needed with an adapter to our columns -------------------
 # An adapter may return None: that row is none of the set's.
 
 def dapo(row):
@@ -548,20 +480,30 @@ def countdown_row(row):  # render() puts the prompt into words
 def hitab(row):
     """Merged cells are filled with their text, so that every column carries its whole header."""
     table = parsed(row["table_content"])
-    cells = [list(line) for line in table["texts"]]
+    cells = table["texts"]
     for r in table["merged_regions"]:
         top = r["first_row"]
         left = r["first_column"]
         for i in range(top, r["last_row"] + 1):
             for j in range(left, r["last_column"] + 1):
-                cells[i][j] = table["texts"][top][left]
+                cells[i][j] = cells[top][left]
     return {"prompt": f"{table['title']}\n\n{markdown(cells)}\n\n{row['question']}",
-            "answer": parsed(row["answer"]), "task": "tableqa", "group": f"hitab-{row['table_id']}"}
+            "answer": row["answer"], "task": "tableqa", "group": f"hitab-{row['table_id']}"}
+
+
+def markdown(rows):
+    """A table whose first row is the header; further header rows follow as ordinary rows."""
+    lines = []
+    for row in rows:
+        cells = [cell.replace("|", "/").replace("\n", " ") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
 
 
 def kk(row):
-    people = zip(parsed(row["names"]), parsed(row["solution"]), strict=True)
-    told = {name: "knight" if honest else "knave" for name, honest in people}
+    told = {name: "knight" if honest else "knave"
+            for name, honest in zip(row["names"], row["solution"])}
     return {"prompt": row["quiz"], "task": "kk", "answer": told}
 
 
@@ -569,124 +511,123 @@ def hotpotqa(row):  # its paragraphs are for a search tool: passages()
     return {"prompt": row["question"], "task": "search", "answer": [row["answer"]]}
 
 
-def hotpotqa_passages(row):
-    context = row["context"]
-    return [f"{title}: {''.join(sentences).strip()}"
-            for title, sentences in zip(context["title"], context["sentences"])]
-
-
-# part: the hub's names of a split: "split", "config/split" or, to be joined, "config+config/split";
-# rows: how many, a range where that is known only roughly; revision: a commit, where one is known
-Source = namedtuple("Source", "hub adapter revision part rows")
-
-
-def source(hub, adapter=dict, revision=None, **parts):  # dict: the row is fine as it is
-    return {split: Source(hub, adapter, revision, *part) for split, part in parts.items()}
-
-
+ADAPTERS = {"dapo17k": dapo, "numina_lean_math": numina_lean_math, "math_prm": math_prm,
+            "olympiadbench": olympiad, "countdown_hub": countdown_row, "hitab": hitab,
+            "kk_hub": kk, "hotpotqa": hotpotqa}
 SUBJECTS = ("algebra+counting_and_probability+geometry+intermediate_algebra+number_theory+"
             "prealgebra+precalculus")
 PEOPLE = "2ppl+3ppl+4ppl+5ppl+6ppl+7ppl+8ppl"
-SOURCES = {  # sets for evaluation have no train split, so nobody trains on them
-    "orz57k": source("Open-Reasoner-Zero/orz_math_57k_collection",
-                     train=("train", range(56_000, 58_001))),
-    "dapo17k": source("open-r1/DAPO-Math-17k-Processed", dapo, train=("all/train", 17_398)),
-    "math": source("EleutherAI/hendrycks_math",
-                   train=(f"{SUBJECTS}/train", 7_500), test=(f"{SUBJECTS}/test", 5_000)),
-    "math_prm": {**source("rasbt/math_full_minus_math500", math_prm, train=("train", 12_000)),
-                 **source("HuggingFaceH4/MATH-500", math_prm,
-                          "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", test=("test", 500))},
-    "numina_lean_math": source("AI-MO/NuminaMath-LEAN", numina_lean_math,
-                               train=("train", 104_155)),
-    "gsm8k": source("openai/gsm8k", dict, "e53f048856ff4f594e959d75785d2c2d37b678ee",
-                    train=("main/train", 7_473), test=("main/test", 1_319)),
-    "countdown_hub": source("Jiayi-Pan/Countdown-Tasks-3to4", countdown_row,
-                            "408f70d177020686d34a56bba5952feb45aaaee4",  # the slices are ACPO's
-                            train=("train[:327680]", 327_680),
-                            test=("train[327680:328704]", 1_024)),
-    "hitab": source("kasnerz/hitab", hitab,  # before the quality check of October 2025
-                    train=("train", 7_417), validation=("validation", 1_671), test=("test", 1_584)),
-    "kk_hub": source("K-and-K/knights-and-knaves", kk, "2f68547989981b1af37cb3dde5fdefa847aa8619",
-                     train=(f"train/{PEOPLE}", 6_200), test=(f"test/{PEOPLE}", 700)),
-    "hotpotqa": source("hotpotqa/hotpot_qa", hotpotqa, train=("distractor/train", 90_447),
-                       test=("distractor/validation", 7_405)),  # the test split has no answers
-    "math500": source("HuggingFaceH4/MATH-500", dict, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-                      test=("test", 500)),
-    "aime24": source("HuggingFaceH4/aime_2024", test=("train", 30)),
-    "aime25": source("math-ai/aime25", dict, "563bb8404243c5f09de6ec262f2db674fe5bce9b",
-                     test=("test", 30)),
-    "aime26": source("MathArena/aime_2026", test=("train", 30)),
-    "amc23": source("math-ai/amc23", dict, "80815d37005feb82cd7f8fbc6901d5d3eff43057",
-                    test=("test", 40)),
-    "amc83": source("AI-MO/aimo-validation-amc", dict, "69d78a4a2c840e82d69af6bc742bda09005f6316",
-                    test=("train", 83)),
-    "minerva": source("lkevinzc/math-eval", test=("minerva", 272)),  # lists of answers: any of them
-    "olympiadbench": source("Hothan/OlympiadBench", olympiad,
-                            "91184b52131e7fc9455fef848035173aea8cc01a",
-                            test=("OE_TO_maths_en_COMP/train", range(674, 676)))}
-PASSAGES = {"hotpotqa": hotpotqa_passages}  # a row -> texts for a search tool
+# A line each: name, split, dataset on the hub, its own name of the split ("split", "config/split"
+# or, to be joined, "config+config/split"), number of rows (two, where that is known only roughly).
+# Sets for evaluation have no train split, so nobody trains on them. The slices of countdown_hub are
+# ACPO's; hitab is from before its quality check of October 2025; the test split of hotpotqa has no
+# answers; minerva has lists of answers, any of them.
+TABLE = f"""
+orz57k           train      Open-Reasoner-Zero/orz_math_57k_collection  train           56000 58000
+dapo17k          train      open-r1/DAPO-Math-17k-Processed     all/train                   17398
+math             train      EleutherAI/hendrycks_math           {SUBJECTS}/train            7500
+math             test       EleutherAI/hendrycks_math           {SUBJECTS}/test             5000
+math_prm         train      rasbt/math_full_minus_math500       train                       12000
+math_prm         test       HuggingFaceH4/MATH-500              test                        500
+numina_lean_math train      AI-MO/NuminaMath-LEAN               train                       104155
+gsm8k            train      openai/gsm8k                        main/train                  7473
+gsm8k            test       openai/gsm8k                        main/test                   1319
+countdown_hub    train      Jiayi-Pan/Countdown-Tasks-3to4      train[:327680]              327680
+countdown_hub    test       Jiayi-Pan/Countdown-Tasks-3to4      train[327680:328704]        1024
+hitab            train      kasnerz/hitab                       train                       7417
+hitab            validation kasnerz/hitab                       validation                  1671
+hitab            test       kasnerz/hitab                       test                        1584
+kk_hub           train      K-and-K/knights-and-knaves          train/{PEOPLE}              6200
+kk_hub           test       K-and-K/knights-and-knaves          test/{PEOPLE}               700
+hotpotqa         train      hotpotqa/hotpot_qa                  distractor/train            90447
+hotpotqa         test       hotpotqa/hotpot_qa                  distractor/validation       7405
+math500          test       HuggingFaceH4/MATH-500              test                        500
+aime24           test       HuggingFaceH4/aime_2024             train                       30
+aime25           test       math-ai/aime25                      test                        30
+aime26           test       MathArena/aime_2026                 train                       30
+amc23            test       math-ai/amc23                       test                        40
+amc83            test       AI-MO/aimo-validation-amc           train                       83
+minerva          test       lkevinzc/math-eval                  minerva                     272
+olympiadbench    test       Hothan/OlympiadBench                OE_TO_maths_en_COMP/train   674 675
+"""
+REVISIONS = {  # commits, where one is known
+    "HuggingFaceH4/MATH-500": "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+    "openai/gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "Jiayi-Pan/Countdown-Tasks-3to4": "408f70d177020686d34a56bba5952feb45aaaee4",
+    "K-and-K/knights-and-knaves": "2f68547989981b1af37cb3dde5fdefa847aa8619",
+    "math-ai/aime25": "563bb8404243c5f09de6ec262f2db674fe5bce9b",
+    "math-ai/amc23": "80815d37005feb82cd7f8fbc6901d5d3eff43057",
+    "AI-MO/aimo-validation-amc": "69d78a4a2c840e82d69af6bc742bda09005f6316",
+    "Hothan/OlympiadBench": "91184b52131e7fc9455fef848035173aea8cc01a"}
+Source = namedtuple("Source", "hub part rows revision")
+SOURCES = {}  # {name: {split: Source}}
+for line in TABLE.strip().splitlines():
+    name, split, hub, part, *rows = line.split()
+    SOURCES.setdefault(name, {})[split] = Source(hub, part, [*map(int, rows)], REVISIONS.get(hub))
 
 
 def passages(name):
     """All texts that the rows of a hub dataset bring along, of all its splits, each once."""
-    if name not in PASSAGES:
-        raise ValueError(f"--tool search: {name} has no passages ({', '.join(PASSAGES)} has); give "
-                         "--search_url a server")
-    return list(dict.fromkeys(text for split in SOURCES[name] for row in hub_rows(name, split)
-                              for text in PASSAGES[name](row)))
+    if name != "hotpotqa":
+        raise ValueError(f"--tool search: {name} has no passages (hotpotqa has); give --search_url "
+                         "a server")
+    found = {}  # keeps the order
+    for split in SOURCES[name]:
+        for row in hub_rows(name, split):
+            context = row["context"]
+            for title, sentences in zip(context["title"], context["sentences"]):
+                found[f"{title}: {''.join(sentences).strip()}"] = True
+    return list(found)
 
 
 def hub_rows(name, split):
     """The rows of a hub dataset; ValueError where their number is not the one expected."""
-    hub, _, revision, part, count = SOURCES[name][split]
+    hub, part, count, revision = SOURCES[name][split]
     configs, _, hub_split = part.rpartition("/")
     try:
         from datasets import concatenate_datasets, disable_progress_bars, load_dataset
         if not sys.stderr.isatty():  # a log gets no bars
             disable_progress_bars()
-        tables = [load_dataset(hub, config or None, split=hub_split, revision=revision)
-                  for config in configs.split("+")]
+        rows = concatenate_datasets([
+            load_dataset(hub, config or None, split=hub_split, revision=revision)
+            for config in configs.split("+")])
     except (ImportError, OSError, ValueError, RuntimeError) as e:  # offline: any of these
         raise FileNotFoundError(
             f"cannot load {name} ({hub}): {first_line(e)}; pip install datasets and run once with "
             f"network access, which caches it, or pass a {', '.join(FILES)} file instead") from e
-    rows = concatenate_datasets(tables)
-    if len(rows) not in (count if isinstance(count, range) else [count]):
+    if not count[0] <= len(rows) <= count[-1]:
         raise ValueError(f"{hub} {split} has changed: {len(rows)} rows, expected {count}; pin a "
-                         "revision in SOURCES of data.py")
+                         "revision in REVISIONS of data.py")
     return rows
 
 
 def load_hub(name, split, seed):
     """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed."""
-    hub, adapter, *_ = SOURCES[name][split]
+    adapter = ADAPTERS.get(name, dict)  # dict: the row is fine as it is
     rows = hub_rows(name, split)
     problems = []
     bad = []
     for i, row in enumerate(rows):
         try:
-            if (ours := adapter(row)) is not None:
-                problems.append(replace(from_row(ours, ""), id=f"{name}-{split}-{i}"))
+            ours = adapter(row)
+            if ours:
+                problems.append(from_row(ours | {"id": f"{name}-{split}-{i}"}, ""))
         except (ValueError, TypeError, LookupError) as e:  # KeyError: no such column
             bad.append(f"row {i}: {type(e).__name__}: {e}")
-    report(bad, len(rows), f"rows of {hub} cannot be used")
-    if name == "dapo17k":  # the original repeats each problem about 103 times
-        problems = list({p.prompt: p for p in problems}.values())
+    report(bad, len(rows), f"rows of {name} {split} cannot be used")
     random.Random(f"{name}-{split}-{seed}").shuffle(problems)
     return problems
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
 
-# {question} and {how} (to answer) are replaced; None is the tokenizer's own chat template.
+# {question} and {how} (to answer) are replaced.
 # stop: texts that end a response and belong to it (graders read "</answer>"): a base model that
 # went on would ask and answer questions of its own
 Template = namedtuple("Template", "text stop", defaults=((),))
 TALK = ("A conversation between User and Assistant. The user asks a question, and the Assistant "
         "solves it. The assistant first thinks about the reasoning process in the mind and then "
         "provides the user with the answer.")
-R1_TALK = (TALK.replace("The user", "The User").replace("The assistant", "The Assistant")
-           .replace("the user", "the User"))
 TAGS = "<think> reasoning process here </think> <answer> answer here </answer>."
 TURNS = ("User:", "Human:", "Assistant:", "</answer>")  # Open-Reasoner-Zero's stop texts
 TEMPLATES = {
@@ -697,9 +638,11 @@ TEMPLATES = {
         "answer will be extracted automatically by the \\boxed{} tag.\n{question}{how}\n"
         "Assistant: <think>", TURNS),
     "r1": Template(  # DeepSeek-R1-Zero's, as understand-r1-zero writes it
-        f"{R1_TALK} The reasoning process is enclosed within <think> </think> and answer is "
-        f"enclosed within <answer> </answer> tags, respectively, i.e., {TAGS}\n"
-        "User: {question}{how}\nAssistant: <think>", TURNS),
+        "A conversation between User and Assistant. The User asks a question, and the Assistant "
+        "solves it. The Assistant first thinks about the reasoning process in the mind and then "
+        "provides the User with the answer. The reasoning process is enclosed within <think> "
+        "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., "
+        f"{TAGS}\nUser: {{question}}{{how}}\nAssistant: <think>", TURNS),
     "tinyzero": Template(  # TinyZero's for base models
         f"{TALK}\nUser: {{question}} Show your work in <think> </think> tags.{{how}}\n"
         "Assistant: Let me solve this step by step.\n<think>", TURNS),
@@ -707,20 +650,20 @@ TEMPLATES = {
         "<|im_start|>system\nPlease reason step by step, and put your final answer within "
         "\\boxed{}.<|im_end|>\n<|im_start|>user\n{question}{how}<|im_end|>\n"
         "<|im_start|>assistant\n", ("<|im_end|>", "<|im_start|>")),
-    "chat": Template(None),
+    "chat": Template("{question}{how}"),  # in the tokenizer's own chat template
     "plain": Template("{question}{how}\n"),
     "none": Template("{question}")}  # the prompt as it is, which the small models know
 
 
 def choose_template(name, tokenizer):
     """"auto" is the chat template where there is one, else question and answer format in plain."""
-    if name == "auto" and tokenizer.chat_template:
+    if name != "auto":
+        check(name, TEMPLATES, "template")
+        return name
+    if tokenizer.chat_template:
         return "chat"
-    if name == "auto":
-        only_characters = max(map(len, tokenizer.get_vocab())) == 1  # one of char_tokenizer
-        return "none" if only_characters else "plain"
-    check(name, TEMPLATES, "template")
-    return name
+    only_characters = max(map(len, tokenizer.get_vocab())) == 1  # one of char_tokenizer
+    return "none" if only_characters else "plain"
 
 
 BOX = "\nPut your final answer within \\boxed{}."
@@ -768,49 +711,46 @@ def encode(problems, template, tokenizer, longest, template_args={}, skip=False)
     skip: leave out what is too long, and say how much. template_args: variables of a chat template,
     such as {"enable_thinking": False}; "date" is the day that it is told."""
     texts = render(problems, template, tokenizer, template_args)
-    for p, text in zip(problems, texts):
-        if len(text) > MAX_CHARS:  # 50 MB abort a tokenizer's process
-            raise ValueError(f"the prompt of {p.id} has {len(text)} characters, over {MAX_CHARS}")
+    questions = []
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
     for p, text, ids in zip(problems, texts, encoded):
-        lost = unwritten(text, ids, tokenizer)
-        if lost:
+        if lost := unwritten(text, ids, tokenizer):
             raise ValueError(f"the tokenizer, made for another task, cannot write {lost!r} "
                              f"(prompt of {p.id})")
-        if not ids or len(ids) > longest and not skip:
+        if 1 <= len(ids) <= longest:
+            questions.append(Question(p, text, ids))
+        elif not skip:
             raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed: 1 to {longest}")
-    questions = [Question(*q) for q in zip(problems, texts, encoded) if len(q[2]) <= longest]
-    if len(questions) < len(problems):
-        left_out = f"{len(problems) - len(questions)} of {len(problems)} prompts have more than "
-        print(f"{left_out}{longest} tokens and are left out", file=sys.stderr)
+    left_out = len(problems) - len(questions)
+    if left_out:
+        print(f"{left_out} of {len(problems)} prompts have more than {longest} tokens and are left "
+              "out", file=sys.stderr)
     return questions
-
-
-MAX_CHARS = 10**6
 
 
 def unwritten(text, ids, tokenizer):
     """The first character that is not read back from the tokens, None if all are."""
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    if normalizer:  # NFC, say, joins e and an accent: nothing is lost
-        text = normalizer.normalize_str(text)
-    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    written = {*back, " ", "\u2581"}  # tokenizers write spaces in their own way
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend and backend.normalizer:  # NFC, say, joins e and an accent: nothing is lost
+        text = backend.normalizer.normalize_str(text)
+    written = {*tokenizer.decode(ids), " ", "\u2581"}  # tokenizers write spaces in their own way
     return next((c for c in text if c.isprintable() and c not in written), None)
 
 
 def render(problems, template, tokenizer, template_args={}):
     """The texts that the tokenizer gets with add_special_tokens=False: a BOS is in them already."""
     check(template, TEMPLATES, "template")
-    text = TEMPLATES[template].text
     if template == "none":
         return [p.prompt for p in problems]
-    asked = [words(p, text or "") for p in problems]
-    if text is None:
-        turns = [[{"role": "user", "content": question + how}] for question, how in asked]
+    outer = TEMPLATES[template].text
+    texts = []
+    for p in problems:
+        question, how = words(p, outer)
+        texts.append(outer.replace("{how}", how).replace("{question}", question))
+    if template == "chat":
+        turns = [[{"role": "user", "content": text}] for text in texts]
         return chat(turns, tokenizer, template_args)
-    text = (tokenizer.bos_token or "") + text
-    return [text.replace("{how}", how).replace("{question}", question) for question, how in asked]
+    return [(tokenizer.bos_token or "") + text for text in texts]
 
 
 def words(problem, text):
@@ -824,7 +764,7 @@ def words(problem, text):
     return question, how
 
 
-DATE = "2024-07-26"  # for templates that ask what day it is
+DATE = "2024-07-26"  # for templates that ask what day it is: prompts stay as they are at midnight
 CHAT_SECONDS = 10
 
 
@@ -833,12 +773,13 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     chat template is a program that came with a model: it may raise anything, or never end."""
     if not tokenizer.chat_template:
         raise ValueError("template chat: this tokenizer has none; choose orz, r1, qwen_math, plain")
-    from jinja2 import TemplateError
-    from jinja2.sandbox import SandboxedEnvironment
-    SandboxedEnvironment.intercepted_binops = {"*", "**"}
-    SandboxedEnvironment.default_binop_table |= {"*": times, "**": power}
+    from jinja2.sandbox import SandboxedEnvironment  # in which transformers runs it
+    SandboxedEnvironment.intercepted_binops = {"**"}  # 9**9**9 would hold all threads for hours:
+    SandboxedEnvironment.default_binop_table.pop("**", None)  # there are no powers
     variables = {"date": DATE} | template_args
-    template = at_date(tokenizer.get_chat_template(), variables.pop("date"))
+    clock = datetime.fromisoformat(variables["date"])
+    template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""",
+                      lambda call: repr(clock.strftime(call[2])), tokenizer.get_chat_template())
     texts = []
 
     def work():
@@ -847,12 +788,8 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
                 text = tokenizer.apply_chat_template(
                     turns, chat_template=template, tokenize=False, add_generation_prompt=ask,
                     **variables)
-                if len(text) > 10**7:
-                    raise ValueError(f"{len(text):,} characters for one question")
-                text.encode()  # half a surrogate pair would stop the tokenizer
-                texts.append(text)
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
-                RuntimeError, SyntaxError, TypeError, ValueError) as e:
+                texts.append(sound(text))
+        except Exception as e:  # told below, by the thread that waits
             texts.append(e)
 
     thread = threading.Thread(target=work, daemon=True)  # so that one can stop waiting for it
@@ -866,30 +803,6 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     return texts
 
 
-def times(a, b):
-    """a * b in a chat template. A single product of giants takes hours, in which Python runs no
-    other thread, so that nobody can stop waiting."""
-    sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (a, b)]
-    if sizes[0] * sizes[1] > 10**9:
-        raise ValueError("a product above 10**9")
-    return a * b
-
-
-def power(a, b):
-    if abs(a) > 1000 or abs(b) > 100:
-        raise ValueError("a power above 1000**100")
-    return a ** b
-
-
-def at_date(template, date):
-    """The template with a clock of its own: prompts do not change at midnight."""
-    if "strftime_now" not in template:
-        return template
-    clock = datetime.fromisoformat(date)
-    told = [f"|replace('%{c}', '{clock.strftime('%' + c)}')" for c in "aAbBdmyYjHIMSp"]
-    return f"{{% macro strftime_now(f) %}}{{{{ f{''.join(told)} }}}}{{% endmacro %}}\n{template}"
-
-
 # ---- Tokenizers ----------------------------------------------------------------------------------
 
 def char_tokenizer(name):
@@ -897,7 +810,6 @@ def char_tokenizer(name):
     one, because graders read it: eos_token stays None, the model's config has the eos id."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
-    check(name, TASKS, "procedural task")
     chars = dict.fromkeys(TASKS[name].chars + PAD)  # a dict drops repeats and keeps the order
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(chars)}, merges=[]))
     core.decoder = decoders.Fuse()  # join without spaces
@@ -914,9 +826,9 @@ def load_tokenizer(source):
     whole = (Path(source) / "tokenizer.json").is_file()
     try:
         tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(source)
-    except (AttributeError, LookupError, TypeError, RecursionError) as e:  # JSON of another shape
+    except Exception as e:  # JSON of another shape, and what the tokenizers' Rust code raises
         raise ValueError(f"{source}: the tokenizer's files are not what they should be "
-                         f"({type(e).__name__}: {str(e):.100})") from None
+                         f"({type(e).__name__}: {first_line(e):.100})") from None
     tokenizer.clean_up_tokenization_spaces = False  # as Llama 3's asks: "3 . 5" would become 3.5
     return tokenizer
 
@@ -927,8 +839,8 @@ def end_ids(tokenizer, model_eos_ids, vocab_size):
     ids = [*model_eos_ids, tokenizer.eos_token_id]
     with suppress(ValueError):  # no chat template, or one that cannot show an answer
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "LAST WORDS"}]
-        _, said, after = chat([turns], tokenizer, ask=False)[0].rpartition("LAST WORDS")
-        closing = tokenizer(after if said else "", add_special_tokens=False).input_ids
+        after = chat([turns], tokenizer, ask=False)[0].partition("LAST WORDS")[2]
+        closing = tokenizer(after, add_special_tokens=False).input_ids
         ids += [i for i in closing if is_special(i, tokenizer)][:1]
     return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < vocab_size]
 
@@ -944,7 +856,7 @@ def response_text(tokens, tokenizer, end_ids):
     ends = {tokenizer.pad_token_id, *end_ids}
     while tokens and tokens[-1] in ends and is_special(tokens[-1], tokenizer):
         tokens.pop()
-    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(tokens)
 
 
 # ---- Plumbing ------------------------------------------------------------------------------------
@@ -960,16 +872,6 @@ def parse_args(pairs, flag):
         with suppress(ValueError, SyntaxError):  # what is no number, true or false stays a text
             found[name] = ast.literal_eval(value.capitalize())
     return found
-
-
-def parsed(value):
-    """A list or object stored as text, JSON or a Python literal (HiTab has both)."""
-    if not isinstance(value, str):
-        return value
-    for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(value)
-    raise ValueError(f"cannot read {value[:40]!r} as JSON or as a Python literal")
 
 
 def check(name, known, what):

@@ -17,18 +17,16 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 from data import Problem  # noqa: E402
 
-TASKS = ["chainsum", "countdown", "minitable", "hops"]
+TASKS = ["chainsum", "countdown", "hops"]
 
 
 # ---- Procedural tasks: the prompts read by other code than that which wrote them -----------------
 
 def canonical(name, prompt):
     """What makes two problems the same one; not the key that data.py splits by."""
-    if name in ("chainsum", "hops"):
-        return prompt
     if name == "countdown":
         return tuple(sorted(prompt.split(" ->")[0].split()))
-    return prompt.rsplit("\n", 1)[0]  # the table
+    return prompt
 
 
 def reachable(numbers):
@@ -45,25 +43,6 @@ def reachable(numbers):
         for value in values:
             found |= reachable([value, *rest])
     return found
-
-
-def table_answer(prompt):
-    *lines, question = prompt.split("\n")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    columns = list(zip(rows[0][1:], rows[2][1:]))
-    region, year = re.search(r" in (\w+) in (\d{4})", question).groups()
-    column = columns.index((year, region))
-    value = {row[0]: int(row[1 + column]) for row in rows[3:]}
-    named = [word for word in re.findall(r"\w+", question) if word in value]
-    if "largest" in question:
-        return [max(value, key=value.get)]
-    if "exceed" in question:
-        return [value[named[0]] - value[named[1]]]
-    if "sum" in question:
-        return [value[named[0]] + value[named[1]]]
-    if "divided" in question:
-        return [round(value[named[0]] / value[named[1]], 4)]
-    return [value[name] for name in named]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -94,8 +73,7 @@ def test_problem_i_is_a_function_of_its_number(name):
 
 
 @pytest.mark.parametrize("name, digest", [
-    ("chainsum", "41e9b87b2cb47077"), ("countdown", "b7d8b8b29c9e2d9d"),
-    ("minitable", "c7a24c9987cf2ed7")])
+    ("chainsum", "41e9b87b2cb47077"), ("countdown", "b7d8b8b29c9e2d9d")])
 def test_the_tasks_never_change(name, digest):
     """Published numbers are about these very problems and demonstrations."""
     problems = data.load(name, "train", 300, 1) + data.load(name, "test", 300, 1)
@@ -128,31 +106,15 @@ def test_countdown_knows_every_puzzle():
     for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
         values = reachable([Fraction(x) for x in numbers])
         every |= {(numbers, target) for target in range(1, 31) if target in values}
-    assert set(data.countdown_puzzles()[1]) == every
+    assert set(data.countdown_puzzles()) == every
 
 
-def test_minitable_golds_and_shapes():
-    kinds, sizes = set(), set()
-    for p in data.load("minitable", "train", 400):
-        answer = p.answer["answer"]
-        assert answer == table_answer(p.prompt), p.prompt
-        kinds.add((len(answer), type(answer[0]).__name__))
-        lines = p.prompt.split("\n")[:-1]
-        sizes.add(len(lines) - 3)
-        assert len({line.count("|") for line in lines}) == 1
-        years = [cell.strip() for cell in lines[0].strip("|").split("|")[1:]]
-        assert years[0] == years[1] < years[2] == years[3]  # merged headers are repeated
-    assert kinds == {(1, "int"), (1, "str"), (1, "float"), (2, "int")}
-    assert sizes == {3, 4, 5, 6}
-
-
-@pytest.mark.parametrize("name", ["countdown", "minitable"])
-def test_questions_on_one_puzzle_share_a_group(name):
+def test_questions_on_one_puzzle_share_a_group():
     """Clustered standard errors: repeats of a puzzle are not independent questions."""
-    problems = data.load(name, "test", 500)
+    problems = data.load("countdown", "test", 500)
     keys = {}
     for p in problems:
-        keys.setdefault(p.group, set()).add(canonical(name, p.prompt))
+        keys.setdefault(p.group, set()).add(canonical("countdown", p.prompt))
     assert all(len(same) == 1 for same in keys.values()) and "" not in keys
     assert len({key for same in keys.values() for key in same}) == len(keys) < len(problems)
 
@@ -160,8 +122,8 @@ def test_questions_on_one_puzzle_share_a_group(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_graders_accept_the_gold_and_demonstrations(name):
     """A task whose gold its grader refuses can never be learnt. Slips leave chainsum 0.6 of its
-    worked demonstrations right, the others 0.92; a guess is rarely right."""
-    few = (0.5, 0.8) if name == "chainsum" else (0.7, 0.9) if name == "hops" else (0.88, 0.96)
+    worked demonstrations right, countdown 0.92; a guess is rarely right."""
+    few = {"chainsum": (0.5, 0.8), "hops": (0.7, 0.9), "countdown": (0.88, 0.96)}[name]
     task = data.TASKS[name]
     for phase, (low, high) in (("skill", few), ("habit", (0.02, 0.3))):
         rng = random.Random(phase)
@@ -223,7 +185,7 @@ def test_countdown_demonstrations_show_true_values():
     tries = set()
     for prompt, response in data.demos("countdown", 400):
         *numbers, target = map(int, re.findall(r"\d+", prompt))
-        values = dict(data.expressions(numbers))
+        values = dict(data.expressions(tuple(numbers)))
         found = re.fullmatch(r"((?:\S+=\S+ no )*)(\S+)=(\d+) \\boxed\{(.*)\}\$", response)
         failed, text, claimed, box = found.groups()
         tries.add(failed.count("no"))
@@ -242,13 +204,10 @@ def test_countdown_demonstrations_show_true_values():
     (lambda: data.load("zzz"), ["zzz", "chainsum", "math500", ".jsonl", "rg:NAME"]),
     (lambda: data.load("chainsum", "tset"), ["tset", "test"]),
     (lambda: data.load("math500", "train"), ["math500", "'train'", "valid: test"]),
-    (lambda: data.load("chainsum", n=0), ["chainsum", "0", "at least 1"]),
     (lambda: data.load("chainsum", args={"size": 4}), ["chainsum", "size", "rg:NAME"]),
     (lambda: data.demos("countdwn", 1), ["countdwn", "countdown"]),
-    (lambda: data.demos("chainsum", 1, "skil"), ["skil", "skill"]),
-    (lambda: data.char_tokenizer("gsm8k"), ["gsm8k", "procedural"]),
     (lambda: data.render([], "oz", None), ["oz", "orz"]),
-    (lambda: data.load("missing.jsonl"), ["missing.jsonl", "no such file"]),
+    (lambda: data.load("missing.jsonl"), ["missing.jsonl", "No such file"]),
     (lambda: data.parse_args(["size4"], "--data_args"), ["--data_args size4", "name=value"]),
 ])
 def test_bad_names_get_one_line_that_helps(call, words):
@@ -295,7 +254,7 @@ DONE = {"role": "assistant", "content": "It is 4."}
 
 @pytest.mark.parametrize("row, prompt, answer", [
     ({"prompt": " 2+2? ", "answer": 4}, "2+2?", "4"),
-    ({"prompt": "2+2?", "answer": ["4", "4", 4.5]}, "2+2?", ["4", "4.5"]),
+    ({"prompt": "2+2?", "answer": ["4", 4.5]}, "2+2?", ["4", "4.5"]),
     # verl
     ({"data_source": "x", "prompt": ASK, "reward_model": {"ground_truth": "4"}}, "2+2?", "4"),
     ({"prompt": ASK, "reward_model": '{"ground_truth": "4"}'}, "2+2?", "4"),  # as text in a .csv
@@ -328,18 +287,16 @@ def test_published_rows_are_read(row, prompt, answer):
     ({"prompt": 5, "answer": "4"}, ["no prompt"]),
     ({"prompt": [{"role": "user", "content": ["an image"]}], "answer": "4"}, ["hold text"]),
     ({"prompt": "p", "answer": {"a": 3}}, ["no answer", "{'a': 3}"]),
-    ({"prompt": "p", "answer": " "}, ["no answer"]),
+    ({"prompt": "p", "answer": ""}, ["no answer"]),
     ({"prompt": "p", "answer": []}, ["no answer"]),
     ({"prompt": "p", "answer": {}, "task": "kk"}, ["no answer"]),
-    ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["knight"]),
-    ({"prompt": "p", "answer": "[oops", "task": "qa"}, ["cannot read '[oops'"]),
+    ({"prompt": "p", "answer": "Ann", "task": "kk"}, ["kk cannot use Ann"]),
     ({"prompt": "p", "answer": "[]", "task": "qa"}, ["no answer"]),
-    ({"prompt": "p", "answer": {"Ann": "liar"}, "task": "kk"}, ["knight"]),
     ({"prompt": "p", "answer": "1+2", "task": "countdown"}, ["numbers", "target"]),
     ({"prompt": "p", "task": "countdown", "numbers": [1, True], "target": 3}, ["whole numbers"]),
     ({"prompt": "p", "task": "countdown", "numbers": [1], "target": 1, "format": "x"}, ["boxed"]),
     ({"prompt": "half \ud83d", "answer": "4"}, ["surrogates"]),
-    ({"prompt": "p", "answer": "half \ud83d"}, ["surrogates"]),
+    ({"prompt": "x" * 50_000_000, "answer": "4"}, ["50,000,000 characters"]),
     ("text", ["object"]), (5, ["object"]),
 ])
 def test_rows_that_cannot_be_used_say_why(row, words):
@@ -349,16 +306,26 @@ def test_rows_that_cannot_be_used_say_why(row, words):
 
 
 def test_rows_of_the_other_graders():
-    row = {"prompt": "p", "task": "countdown", "numbers": "[1, 2]", "target": 3}
+    row = {"prompt": "p", "task": "countdown", "numbers": [1, 2], "target": 3}
     puzzle = {"numbers": [1, 2], "target": 3, "format": "boxed"}
     assert data.from_row(row, "").answer == puzzle
     tags = {"format": "answer"}
     assert data.from_row(row | tags, "").answer == puzzle | tags
     for task, answer, read in [("qa", "007", "007"), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
+                               ("qa", "[sic] so", "[sic] so"),
                                ("tableqa", 5, 5), ("tableqa", [1, "x"], [1, "x"]),
                                ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}), ("chainsum", 3, "3")]:
         row = {"prompt": "p", "answer": answer, "task": task, "id": 0, "group": "g"}
         assert data.from_row(row, "x") == Problem("p", {"answer": read}, task, "0", "g")
+
+
+@pytest.mark.parametrize("answer, task", [
+    (" ", "math"), ([""], "math"), (" ", "qa"), (" ", "exact_box"), (" ", "tableqa"),
+    ({"Ann": "liar"}, "kk")])
+def test_graders_refuse_what_no_response_can_say(answer, task):
+    problem = data.from_row({"prompt": "p", "answer": answer, "task": task}, "id")
+    with pytest.raises(ValueError, match="the first is id: no response can equal its reference"):
+        data.check_golds([problem], rewards.check_gold)
 
 
 def test_bad_golds_are_told_or_refused(capsys):
@@ -406,15 +373,13 @@ def test_every_kind_of_file(tmp_path):
     (".jsonl", GOOD + '{"prompt": "p", "answer": \n', "line 2", "bad JSON"),
     (".jsonl", GOOD + "[" * 100_000 + "\n", "line 2", "recursion"),
     (".jsonl", GOOD + '{"prompt": "\\ud83d", "answer": "1"}', "line 2", "surrogates"),
-    (".jsonl", "", "line 1", "no rows"), (".jsonl", "\n \n", "line 2", "no rows"),
-    (".json", "", "row 1", "no rows"), (".json", "[]", "row 1", "no rows"),
     (".json", "5", "row 1", "object"),
     (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p"}\n]', "row 2", "no answer"),
     (".json", '[\n {"prompt": "p", "answer": "1"},\n {"prompt": "p", }\n]', "line 3", "bad JSON"),
     (".json", GOOD + "{\n", "line 2", "bad JSON"),
-    (".csv", "", "line 1", "no rows"), (".csv", "prompt,answer\np,1\nq,\n", "line 3", "no answer"),
+    (".csv", "prompt,answer\np,1\nq,\n", "line 3", "no answer"),
     (".csv", "prompt,answer\np,1\nq\n", "line 3", "no answer"),
-    (".csv", 'prompt,answer\np,"1\n', "line 2", "unexpected end"),
+    (".csv", 'prompt,answer\np,"1\n', "line 1", "unexpected end"),  # behind it
     (".csv", "prompt,answer\np,1,2\n", "line 2", "more fields"),
     (".csv", "text,label\np,1\n", "line 2", "no prompt: columns are text, label"),
 ])
@@ -425,6 +390,16 @@ def test_file_errors_name_file_and_line(suffix, text, place, words, tmp_path):
         data.load(str(path))
     assert f"{path} {place}: " in str(e.value) and words in str(e.value), str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("suffix, text", [
+    (".jsonl", ""), (".jsonl", "\n \n"), (".json", ""), (".json", "[]"), (".csv", ""),
+    (".csv", "prompt,answer\n")])
+def test_a_file_without_rows(suffix, text, tmp_path):
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"mine{suffix} holds no rows"):
+        data.load(str(path))
 
 
 def test_files_that_are_no_text(tmp_path):
@@ -501,7 +476,8 @@ def hub(monkeypatch):
 
     def set_rows(name, split, rows, count=None):
         source = data.SOURCES[name][split]
-        monkeypatch.setitem(data.SOURCES[name], split, source._replace(rows=count or source.rows))
+        counts = [count] if count else source.rows
+        monkeypatch.setitem(data.SOURCES[name], split, source._replace(rows=counts))
         set_rows.rows = rows
         set_rows.calls = []
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -554,7 +530,7 @@ def test_row_counts_are_checked(hub):
     row = {"problem": "A", "answer": "1"}
     for count in (29, 31):
         hub("aime24", "test", [row] * count)
-        with pytest.raises(ValueError, match=f"aime_2024.* {count} rows, expected 30"):
+        with pytest.raises(ValueError, match=rf"aime_2024.* {count} rows, expected \[30\]"):
             data.load("aime24", "test")
     for count in (673, 676):  # a range, where two copies differ
         hub("olympiadbench", "test", [CASES["olympiadbench", "test"][0]] * count)
@@ -570,19 +546,17 @@ def test_hub_order_is_seeded_and_prefix_stable(hub):
     assert all(p.prompt == "P" + p.id.split("-")[-1] for p in whole)  # the id is the hub's row
 
 
-def test_repeats_of_dapo_go_and_a_few_bad_rows_are_told(hub, capsys):
-    rows = [{"prompt": f"P{i // 2}", "solution": "1"} for i in range(400)]
-    hub("dapo17k", "train", [*rows, {"prompt": "bad", "solution": " "}], count=401)
-    assert len(data.load("dapo17k")) == 200
-    told = capsys.readouterr().err
-    assert "1 of 401 rows of open-r1/DAPO-Math-17k-Processed cannot be used" in told
+def test_a_few_bad_rows_are_told(hub, capsys):
+    rows = [{"prompt": f"P{i}", "solution": "1"} for i in range(400)]
+    hub("dapo17k", "train", [*rows, {"prompt": "bad", "solution": ""}], count=401)
+    assert len(data.load("dapo17k")) == 400
+    assert "1 of 401 rows of dapo17k train cannot be used" in capsys.readouterr().err
 
 
 def test_nothing_in_a_row_is_evaluated(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub("hitab", "test", [HITAB | {"answer": "__import__('os').system('touch hacked')"}], count=1)
-    with pytest.raises(ValueError, match="cannot read"):
-        data.load("hitab", "test")
+    assert data.load("hitab", "test")[0].answer["answer"].startswith("__import__")
     assert not Path("hacked").exists()
 
 
@@ -729,13 +703,13 @@ def test_stop_strings():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_says_what_its_grader_reads(name):
-    mark = {"chainsum": "#7$", "hops": "#7$", "countdown": "\\boxed{"}.get(name, "<answer>")
+    mark = "\\boxed{" if name == "countdown" else "#7$"
     for p in data.load(name, "test", 3):
         assert render(p, "none") == p.prompt
         for template in ("orz", "r1", "tinyzero", "qwen_math", "plain"):
             text = render(p, template)
             assert mark in text and "{question}" not in text and "{how}" not in text
-            assert p.prompt in text or name not in ("minitable", "hops")
+            assert p.prompt in text or name != "hops"
 
 
 def test_braces_in_a_question_survive_and_a_box_is_asked_for_once():
@@ -798,11 +772,8 @@ def test_a_date_in_a_chat_template_stands_still():
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 'a' + 1 }}", "TypeError"),
     ("{{ range(10000000) }}", "OverflowError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    ("{{ 10 ** 5000 }}", "a power above"), ("{{ '\\ud83d' }}", "surrogates"),
-    ("{{ 9**9**7 }}", "a power above"),  # 9**9**9 never ends, and no thread runs meanwhile
-    ("{% set n = namespace(x=9) %}{% for i in range(20) %}{% set n.x = n.x * n.x %}{% endfor %}",
-     "a product above"),
-    ("{{ 'x' * 2000000 }}", "2000000 characters"),
+    ("{{ '\\ud83d' }}", "surrogates"), ("{{ 'x' * 2000000 }}", "2,000,000 characters"),
+    ("{{ 9**9**9 }}", r"KeyError: '\*\*'"),  # would never end, and no thread run meanwhile
     ("{{ raise_exception('\x1b[2J') }}", r"TemplateError: \[2J"),
     ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
      "longer than 0.05 s")])
@@ -883,9 +854,6 @@ def test_prompts_that_are_too_long():
         data.encode([SUM, p], "none", tokenizer, 49)
     with pytest.raises(ValueError, match="0 tokens"):
         data.encode([Problem("", {"answer": "1"}, "math", "none")], "none", tokenizer, 49)
-    huge = Problem("x" * 50_000_000, {"answer": "1"}, "math", "huge")  # aborts a tokenizer
-    with pytest.raises(ValueError, match="the prompt of huge has 50000000 characters"):
-        data.encode([huge], "none", tokenizer, 10**9)
 
 
 def test_every_end_of_a_response_is_known():

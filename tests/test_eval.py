@@ -572,7 +572,7 @@ def test_reasoning_gym_as_a_task(call, chatty):
     (["--template_args", "thinking"], "--template_args thinking: write name=value"),
     (["--tasks", "countdown"], "(prompt of countdown-test-0)"),
     (["--max_new_tokens", "255"], "the prompt of chainsum-test-0 has 7 tokens, allowed: 1 to 1"),
-    (["--tasks", "no/such.jsonl"], "no such file")])
+    (["--tasks", "no/such.jsonl"], "No such file")])
 def test_bad_flags(refused, tmp_path, monkeypatch, flags, says):
     monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
     assert says in refused("--out", tmp_path / "out", *flags)
