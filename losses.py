@@ -26,18 +26,20 @@ def objective(agg, advantage="grpo", passes=({},), statistics=None, minibatch="g
     batch, all ranks; minibatch: of whole "groups", or of some "samples" of every group."""
     def register(f):
         OBJECTIVES[f.__name__] = f
-        vars(f).update(agg=agg, advantage=advantage, passes=passes, statistics=statistics,
-                       minibatch=minibatch)
+        f.agg, f.advantage, f.passes = agg, advantage, passes
+        f.statistics, f.minibatch = statistics, minibatch
         return f
     return register
 def advantages(reward, group_size, kind="grpo", length=None):
     """Rewards (B,), group after group of `group_size` samples of one prompt, to advantages (B,).
     length (B,): the tokens of each response, for opo and reinforce_pp."""
     check("advantage", kind, ADVANTAGES)
+    if kind in ("reward", "signed"):  # no baseline; signed: 1 and 0 become 1 and -1
+        return reward if kind == "reward" else 2 * reward - 1
     R = reward.view(-1, group_size)  # (groups, group_size)
     mean = R.mean(1, keepdim=True)
-    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)  # no signal: A is 0, not rounding
-    A = (R - mean).masked_fill(flat, 0)  # kind "mean" (Dr. GRPO, 2503.20783) is done
+    A = R - mean  # kind "mean" (Dr. GRPO, 2503.20783) is done
+    flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)  # groups without signal
     n = torch.ones_like(R) if length is None else length.view_as(R).to(R)
     if kind == "grpo":  # 2402.03300
         A = A / (R.std(1, keepdim=True, correction=min(1, group_size - 1)) + 1e-6)
@@ -48,8 +50,7 @@ def advantages(reward, group_size, kind="grpo", length=None):
     elif kind == "gpg":  # 2504.02546: make up for the groups without signal
         A = A * len(R) / (~flat).sum().clamp(min=1)
     elif kind == "opo":  # 2505.23585: long responses weigh more in the baseline, as in the gradient
-        baseline = (n * R).sum(1, keepdim=True) / n.sum(1, keepdim=True)
-        A = (R - baseline).masked_fill(flat, 0)
+        A = R - (n * R).sum(1, keepdim=True) / n.sum(1, keepdim=True)
     elif kind == "passk":  # 2503.19595: the best response alone, by what it adds to the second best
         second = R.topk(min(2, group_size), 1).values[:, -1:]
         A = (R - second).clamp(min=0)
@@ -58,10 +59,8 @@ def advantages(reward, group_size, kind="grpo", length=None):
     elif kind == "reinforce_pp":  # 2501.03262: whitened over all tokens: long responses weigh more
         A = A - (n * A).sum() / n.sum()
         variance = (n * A**2).sum() / (n.sum() - 1).clamp(min=1)
-        A = (A / (variance + 1e-8).sqrt()).masked_fill(flat, 0)
-    elif kind in ("reward", "signed"):  # no baseline; signed: 1 and 0 become 1 and -1
-        A = R if kind == "reward" else 2 * R - 1
-    return A.flatten()
+        A = A / (variance + 1e-8).sqrt()
+    return A.masked_fill(flat, 0).flatten()  # exactly 0, not rounding / 1e-6
 
 def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_p2=None,
                 pass_rate=None, group_size=None, max_len=None, totals=None, ref_logp=None,
@@ -82,33 +81,34 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
         check(f"hyper-parameter of {name}", key, list(inspect.signature(f).parameters)[1:])
     if hyper.get("dual_clip") is not None and hyper["dual_clip"] <= 0:
         raise ValueError(f"dual_clip {hyper['dual_clip']} is not above 0; None switches it off")
-    agg, totals = agg or f.agg, dict(totals or {})
-    b = Batch(logp, old_logp, adv, mask, pass_rate, entropy=entropy, sum_p2=sum_p2,
-              sampler_logp=sampler_logp)
-    b.statistics = totals.get("statistics")
-    if f.statistics is not None and b.statistics is None:
-        b.statistics = f.statistics(b.logp, b.old_logp, b.mask, **hyper)  # of these rows alone
+    agg, group_size = agg or f.agg, group_size or len(mask)
+    b = Batch(logp, old_logp, adv, mask, pass_rate=pass_rate, entropy=entropy, sum_p2=sum_p2,
+              ref_logp=ref_logp, sampler_logp=sampler_logp)
+    totals = dict(totals or {})  # what is not given is counted in these rows
+    if f.statistics and "statistics" not in totals:
+        totals["statistics"] = f.statistics(b.logp, b.old_logp, b.mask, **hyper)
     if agg == "winning-groups" and "winning_groups" not in totals:
-        won = (b.seq_sum(b.A) > 0).view(-1, group_size or len(mask))
+        won = (b.seq_sum(b.A) > 0).view(-1, group_size)
         totals["winning_groups"] = won.any(1).sum()
+    b.statistics = totals.get("statistics")
     loss = f(b, **hyper)  # (B,T)
     if correction is not None:
         check("correction", correction, CORRECTIONS)
-        log_rho = b.old_logp - b.need("sampler_logp").detach()
-        weight = CORRECTIONS[correction](b, log_rho, **correction_args).detach()
+        log_rho = b.old_logp - b.need("sampler_logp")
+        weight = CORRECTIONS[correction](b, log_rho, **correction_args)
         b.metrics["masked"] = b.mean(weight == 0)
         loss = loss * torch.where(log_rho.isnan(), log_rho, weight)
     if ref_logp is not None:  # Schulman's k3, an estimate of KL(pi || reference), never negative
-        log_ratio = (b.clean("ref_logp", ref_logp.detach()) - b.logp).clamp(-20, 20)
-        loss = loss + kl_beta * (log_ratio.exp() - 1 - log_ratio)
+        to_ref = (b.ref_logp - b.logp).clamp(-20, 20)
+        loss = loss + kl_beta * (to_ref.exp() - 1 - to_ref)
     loss = torch.where(b.log_ratio.isnan(), b.log_ratio, loss)  # NaN shows in any case
-    loss = aggregate(loss, b.chosen, agg, totals, max_len, group_size)
+    loss = aggregate(loss, b.chosen, agg, totals, max_len or mask.shape[1], group_size)
     return loss, {key: value.detach() for key, value in b.metrics.items()}
 
 class Batch:
     """What an objective sees: (B,T), outside the mask 0 (ratio, p, p_old: 1); None if not given.
-    Gradient have logp, log_ratio, ratio. It may change A and `chosen`, and add to `metrics`."""
-    def __init__(self, logp, old_logp, adv, mask, pass_rate, **optional):
+    Gradient have logp, log_ratio, ratio. It may change A, ratio, `chosen`, and add to `metrics`."""
+    def __init__(self, logp, old_logp, adv, mask, **optional):
         self.keep = mask.bool()
         self.mask = self.keep.to(torch.promote_types(logp.dtype, torch.float32))
         self.chosen = self.mask  # the tokens that the loss is a mean of: a part of the mask
@@ -117,19 +117,19 @@ class Batch:
         self.log_ratio = self.logp - self.old_logp
         # Within +-20 the ratio stays finite; beyond, its gradient ends, as in verl.
         self.ratio = self.log_ratio.clamp(-20, 20).exp()
-        self.p, self.p_old = self.logp.detach().exp(), self.old_logp.exp()  # no gradient
-        self.A = self.clean("adv", adv.detach(), per_row=True)
-        self.pass_rate = self.clean("pass_rate", pass_rate, per_row=True)
-        for name, t in optional.items():  # entropy, sum_p2, sampler_logp: (B,T) or None
-            setattr(self, name, self.clean(name, t))
-        self.metrics = general_metrics(self)
-    def clean(self, name, t, per_row=False):
-        if per_row and t is not None and t.numel() == len(self.keep):  # (B,) or (B,1)
+        with torch.no_grad():
+            self.p, self.p_old = self.logp.exp(), self.old_logp.exp()
+            self.A = self.clean("adv", adv)
+            for name, t in optional.items():  # pass_rate, entropy, sum_p2, ref_logp, sampler_logp
+                setattr(self, name, None if t is None else self.clean(name, t))
+            self.metrics = general_metrics(self)
+    def clean(self, name, t):
+        if name in ("adv", "pass_rate") and t.numel() == len(self.keep):  # (B,) or (B,1)
             t = t.reshape(-1, 1).expand(self.keep.shape)
-        if t is not None and (t.shape != self.keep.shape or t.dim() != 2):
+        if t.shape != self.keep.shape:
             raise ValueError(f"{name} {tuple(t.shape)} does not fit mask {tuple(self.keep.shape)}")
         # Before any exp or product: padding may hold anything, and inf * 0 is nan.
-        return None if t is None else torch.where(self.keep, t.to(self.mask.dtype), 0)
+        return torch.where(self.keep, t.to(self.mask.dtype), 0)
     def mean(self, t):  # over all tokens
         return (t * self.mask).sum() / self.mask.sum().clamp(min=1)
     def seq_sum(self, t):  # over each response: (B,1)
@@ -144,26 +144,29 @@ class Batch:
         if getattr(self, name) is None:
             raise ValueError(f"this loss needs {name}=; policy_loss says what that is")
         return getattr(self, name)
-def outside(b, low, high, dual_clip=None, ratio=None):
+def outside(b, low, high, dual_clip=None, value=None):
     """The tokens that PPO stops: losers below the band or beyond the dual clip, winners above."""
-    ratio = b.ratio if ratio is None else ratio  # (B,T)
-    stop = ratio < low if dual_clip is None else (ratio < low) | (ratio > dual_clip)
-    losers, winners = (b.A < 0) & stop, (b.A > 0) & (ratio > high)
-    b.metrics.update(clip_low=b.mean(losers * b.chosen), clip_high=b.mean(winners * b.chosen))
+    value = b.ratio if value is None else value  # (B,T)
+    stop = value < low
+    if dual_clip is not None:
+        stop = stop | (value > dual_clip)
+    losers, winners = (b.A < 0) & stop, (b.A > 0) & (value > high)
+    b.metrics["clip_low"] = b.mean(losers * b.chosen)
+    b.metrics["clip_high"] = b.mean(winners * b.chosen)
     return losers, winners
-def clip(b, low, high, dual_clip=None, ratio=None):
+def clip(b, low, high, dual_clip=None):
     """PPO (1707.06347): -min(ratio A, clamp(ratio, low, high) A). Outside the band the ratio stops
     paying, in the direction in which A pushes it. low and high: both numbers or both tensors.
     Dual clip c (1912.09729): a loser costs c |A| at most, so beyond c its gradient ends as well."""
-    ratio = b.ratio if ratio is None else ratio
-    outside(b, low, high, dual_clip, ratio)
-    loss = -torch.minimum(ratio * b.A, ratio.clamp(low, high) * b.A)
-    return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())  # > 0
+    outside(b, low, high, dual_clip)  # only counts them
+    loss = -torch.minimum(b.ratio * b.A, b.ratio.clamp(low, high) * b.A)
+    return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())
 # ---- 1. A fixed band around ratio 1 --------------------------------------------------------------
 @objective("seq-mean-token-mean")
 def grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None, delta=math.inf):
     """GRPO (2402.03300): PPO's clip, the group as baseline; every response counts the same."""
-    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip, b.ratio.clamp(max=delta))  # 2505.07291
+    b.ratio = b.ratio.clamp(max=delta)  # 2505.07291
+    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
 @objective("seq-mean-token-sum-norm", advantage="mean")
 def dr_grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
     """Dr. GRPO (2503.20783): GRPO not divided by the group's std, nor by the response's length."""
@@ -171,7 +174,7 @@ def dr_grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
 @objective("token-mean")
 def dapo(b, eps_low=0.2, eps_high=0.28, dual_clip=10.0, delta=math.inf):
     """DAPO (2503.14476): clip higher, room for unlikely tokens to grow; all tokens count alike."""
-    return clip(b, 1 - eps_low, 1 + eps_high, dual_clip, b.ratio.clamp(max=delta))
+    return grpo(b, eps_low, eps_high, dual_clip, delta)
 @objective("seq-mean-token-mean")
 def kl3(b, delta=0.1, dual_clip=None):
     """KL3 / ATR-GRPO (2602.05494): the band where ratio - 1 - log ratio, a KL, is below delta."""
@@ -197,7 +200,7 @@ def bin_of(p, bins):  # which of equal bins, the last one closed; NaN must not b
     return (p * bins).nan_to_num(0).clamp(0, bins - 1).long()
 @torch.no_grad()
 def ratio_moments(logp, old_logp, mask, bins=5, **_):
-    """(3, bins), by bins of exp(logp): tokens, sums of ratio - 1 (has more digits), its square."""
+    """(3, bins) by exp(logp): tokens, sum of ratio - 1 (more digits than ratio), of its square."""
     log_ratio = torch.where(mask.bool(), logp.double() - old_logp.double(), 0)
     excess = log_ratio.clamp(-20, 20).expm1()
     values = torch.stack([mask.double(), excess, excess**2]).flatten(1)  # (3, B T)
@@ -228,14 +231,14 @@ def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
 @objective("token-mean")
 def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
     """BAPO (2510.18927): raise a band's lower, then upper end until winners outweigh losers."""
-    steps = round((high[1] - high[0]) / step)  # low in one: a higher one only adds to the losers
+    steps = round((high[1] - high[0]) / step)  # low in one: a higher low only adds to the losers
     walk = [(low[0], high[0])] + [(low[1], high[0] + step * i) for i in range(steps + 1)]
-    ratio, winners, losers = b.ratio.detach(), b.A.clamp(min=0), -b.A.clamp(max=0)
     for lower, upper in walk:
-        won = (ratio.clamp(max=upper) * winners).sum()
-        if won >= target * (ratio.clamp(min=lower) * losers).sum():
+        won = (b.ratio.clamp(max=upper) * b.A.clamp(min=0)).sum()
+        lost = (b.ratio.clamp(min=lower) * b.A.clamp(max=0)).sum()
+        if won >= -target * lost:
             break
-    b.metrics.update(band_low=ratio.new_tensor(lower), band_high=ratio.new_tensor(upper))
+    b.metrics.update(band_low=b.mask.new_tensor(lower), band_high=b.mask.new_tensor(upper))
     return clip(b, lower, upper, dual_clip)
 @objective("token-mean")
 def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
@@ -255,8 +258,8 @@ def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
 @objective("seq-mean-token-mean")
 def gspo(b, eps_low=3e-4, eps_high=4e-4):
     """GSPO (2507.18071): clip whole responses, by s = exp(mean log ratio); here in token form."""
-    s = b.seq_mean(b.log_ratio).clamp(max=10).exp()  # (B,1)
-    return clip(b, 1 - eps_low, 1 + eps_high, ratio=b.as_ratio(s))
+    b.ratio = b.as_ratio(b.seq_mean(b.log_ratio).clamp(max=10).exp())  # finite
+    return clip(b, 1 - eps_low, 1 + eps_high)
 @objective("seq-mean-token-sum")
 def luspo(b, eps_low=0.2, eps_high=0.2):
     """LUSPO (2602.05261): GSPO times the length, or long responses would learn less per token."""
@@ -270,12 +273,12 @@ def gmpo(b, eps_low=0.4, eps_high=0.4):
 @objective("token-mean")
 def ctpo(b, eps_low=0.025, eps_high=0.05, dual_clip=0.05, power=0.5):
     """CTPO (2605.07331): the ratio of the prefix up to token t, in a band of exp(+-eps t^power)."""
-    prefix = b.log_ratio.cumsum(1).clamp(max=10).exp()  # (B,T), finite as in gspo
-    walk = b.mask.cumsum(1).clamp(min=1) ** power  # of t tokens; dual_clip is an eps, too
-    if dual_clip is not None:
-        dual_clip = (dual_clip * walk).exp()
+    b.ratio = b.as_ratio(b.log_ratio.cumsum(1).clamp(max=10).exp())  # finite as in gspo
+    walk = b.mask.cumsum(1).clamp(min=1) ** power  # as far as t random steps lead
     low, high = (-eps_low * walk).exp(), (eps_high * walk).exp()
-    return clip(b, low, high, dual_clip, ratio=b.as_ratio(prefix))
+    if dual_clip is not None:  # given as an eps, for a loser's upper bound
+        dual_clip = (dual_clip * walk).exp()
+    return clip(b, low, high, dual_clip)
 @objective("token-mean")
 def vespo(b, k_pos=2.0, lam_pos=3.0, k_neg=3.0, lam_neg=2.0):
     """VESPO (2602.10693): -sg[W^k exp(lam (1 - W))] A log pi, W the product of all ratios."""
@@ -335,23 +338,22 @@ def aspo(b, eps=0.2, eps_entropy=0.4, quantile=0.8, dual_clip=3.0):
 @objective("seq-mean-token-sum-norm")
 def dppo_tv(b, delta_low=0.15, delta_high=0.15, cap=20.0):
     """DPPO-TV (2602.04879): drop a token once A has moved its PROBABILITY by more than delta."""
-    return dppo(b, (b.p - b.p_old).abs(), delta_low, delta_high, cap)
+    return dppo(b, b.p - b.p_old, delta_low, delta_high, cap)
 @objective("seq-mean-token-sum-norm")
 def dppo_kl(b, delta_low=0.05, delta_high=0.05, cap=20.0):
     """DPPO-KL (2602.04879): the same by the KL of two outcomes, this token or any other."""
     others = ((1 - b.p_old + 1e-8) / (1 - b.p + 1e-8)).log()  # 1e-8: p may round to 1
     kl = (1 - b.p_old) * others - b.p_old * b.log_ratio.detach()
-    return dppo(b, kl, delta_low, delta_high, cap)
-def dppo(b, moved, delta_low, delta_high, cap):
-    losers = (b.A < 0) & (b.p < b.p_old) & (moved > delta_low)
-    winners = (b.A > 0) & (b.p > b.p_old) & (moved > delta_high)
-    b.metrics.update(clip_low=b.mean(losers), clip_high=b.mean(winners))
+    return dppo(b, kl * (b.p - b.p_old).sign(), delta_low, delta_high, cap)
+def dppo(b, moved, delta_low, delta_high, cap):  # moved: negative where p went down
+    losers, winners = outside(b, -delta_low, delta_high, value=moved)
     return -b.ratio.detach().clamp(max=cap) * ~(losers | winners) * b.A * b.logp
 @objective("token-mean")
 def ipo(b, eps=0.1, k=1e-3):
     """IPO (prime-rl): -ratio A, 0 where |p - p_old| > eps either way; k (log ratio)^2 anywhere."""
-    far, loser = (b.p - b.p_old).abs() > eps, b.A < 0
-    b.metrics.update(clip_low=b.mean(far & loser), clip_high=b.mean(far & ~loser))
+    far = (b.p - b.p_old).abs() > eps
+    b.metrics["clip_low"] = b.mean(far & (b.A < 0))
+    b.metrics["clip_high"] = b.mean(far & (b.A >= 0))
     return -b.ratio * ~far * b.A + k * b.log_ratio**2
 @objective("seq-mean-token-mean")
 def sapo(b, tau_pos=1.0, tau_neg=1.05):
@@ -361,15 +363,14 @@ def sapo(b, tau_pos=1.0, tau_neg=1.05):
 @objective("token-mean")
 def cfpo(b, eps=0.2):
     """CFPO (2601.22801): a spring, not a clip. -ratio A + |A| (ratio - 1)^2 / (2 eps)"""
-    spring = (b.ratio - 1) ** 2 / (2 * eps)
-    return -b.ratio * b.A + b.A.abs() * spring
+    return -b.ratio * b.A + b.A.abs() * ((b.ratio - 1) ** 2 / (2 * eps))
 @objective("token-mean")
 def dro(b, beta=0.1):
     """DRO (2501.12599): REINFORCE on a leash. -A log pi + beta/2 (log ratio)^2"""
     return -b.A * b.logp + beta / 2 * b.log_ratio**2
 # ---- 5. Which tokens may learn, and how much -----------------------------------------------------
 def top(score, mask, share):  # True at each row's largest scores: that share, at least one token
-    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)  # (rows, 1)
+    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)  # argsort twice: the rank
     rank = score.masked_fill(mask == 0, -math.inf).argsort(-1, descending=True).argsort(-1)
     return (rank < n) & (mask > 0)
 def top_of_batch(b, score, share):
@@ -377,7 +378,7 @@ def top_of_batch(b, score, share):
 @objective("seq-mean-token-mean")
 def entropy_top(b, ratio=0.2, eps_low=0.2, eps_high=0.3, dual_clip=3.0):
     """80/20 (2506.01939), as ACPO's baseline: only each response's tokens with the most entropy."""
-    b.chosen = b.mask * top(b.need("entropy"), b.mask, ratio)
+    b.chosen = b.mask * top(b.need("entropy"), b.mask, ratio)  # ratio: that share, not pi / pi_old
     return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
 @objective("seq-mean-token-mean")
 def entropy_bottom(b, ratio=0.8, eps_low=0.2, eps_high=0.3, dual_clip=3.0):
@@ -395,10 +396,11 @@ def ar_lopti(b, alpha=0.3, eta=0.5, part=None, eps_low=0.2, eps_high=0.24, dual_
 @objective("token-mean")
 def fipo(b, eps_low=0.2, eps_high=0.28, half_life=32.0, most=1.2, safe=4.0):
     """FIPO (2603.19835): DAPO, a token weighted by how the rest of its response has moved."""
-    future, n = b.log_ratio.detach(), 1  # of each token: its log ratio + those of the next n - 1,
-    while n < future.shape[1]:  # each halved every half_life tokens; n doubles
-        later = torch.nn.functional.pad(future[:, n:], (0, n))
-        future, n = future + 2 ** (-n / half_life) * later, 2 * n
+    # Log ratios of each token and the n - 1 after it, added up; half_life tokens away by half.
+    future, n = b.log_ratio.detach().clone(), 1  # (B,T)
+    while n < future.shape[1]:  # the sum over 2 n tokens is that over n, twice
+        future[:, :-n] += 2 ** (-n / half_life) * future[:, n:]
+        n = 2 * n
     w = future.exp().clamp(1, most)
     return dapo(b, eps_low, eps_high) * w.masked_fill((b.A < 0) & (b.ratio > safe), 1)
 def covariance(b):  # how fast raising the token lowers the entropy
@@ -425,8 +427,8 @@ def reinforce(b):
 @objective("token-mean")
 def up_grpo(b, eps_low=0.2, dual_clip=3.0):
     """UP-GRPO (2607.06987): winners as in REINFORCE, without ratio or bound; losers as in PPO."""
-    ratio = torch.where(b.A > 0, b.as_ratio(b.mask), b.ratio)
-    return clip(b, 1 - eps_low, math.inf, dual_clip, ratio)
+    b.ratio = torch.where(b.A > 0, b.as_ratio(b.mask), b.ratio)
+    return clip(b, 1 - eps_low, math.inf, dual_clip)
 @objective("token-mean", advantage="gpg")
 def gpg(b):
     """GPG (2504.02546): plain policy gradient, A made up for groups without signal. -A log pi"""
@@ -456,11 +458,10 @@ def opsm(b, log_rho, delta=1e-4):  # OPSM (2512.02556) drops losers that pi has 
     return (b.A >= 0) | (b.seq_mean(log_rho + b.log_ratio) >= -delta)
 CORRECTIONS = {f.__name__: f for f in (tis, icepop, seq_tis, seq_mis, geo_mis, opsm)}
 # ---- From token losses to one number, and metrics ------------------------------------------------
-def aggregate(loss, mask, agg, totals, max_len=None, group_size=None):
+def aggregate(loss, mask, agg, totals, max_len, group_size):
     """(B,T) to a scalar; `totals`: see policy_loss. Empty responses do not count."""
     check("agg", agg, AGGREGATIONS)
     tokens = mask.sum(1)  # (B,)
-    max_len = max_len or mask.shape[1]
     loss = (loss * mask).sum(1)  # (B,)
     scale = totals.get("sequences", (tokens > 0).sum())  # seq-mean-token-sum
     if agg == "token-mean":
@@ -470,9 +471,8 @@ def aggregate(loss, mask, agg, totals, max_len=None, group_size=None):
     elif agg == "seq-mean-token-sum-norm":  # Dr. GRPO: a constant length favours no response
         scale = scale * max_len
     elif agg == "winning-groups":  # WAPO
-        scale = (totals["winning_groups"] or 1) * max_len * (group_size or len(mask))
+        scale = (totals["winning_groups"] or 1) * max_len * group_size
     return loss.sum() / torch.as_tensor(scale).clamp(min=1)
-@torch.no_grad()
 def general_metrics(b):
     """Means over tokens, which parts can merge; ratio_std merges by way of ratio_sq."""
     mean, zero = b.mean(b.ratio), b.mask.new_zeros(())
