@@ -61,7 +61,7 @@ def last_boxed(text, join=False):
         return re.match("[+-]?[0-9][0-9.,/]*", tail)[0]
     depth = 0
     for token in re.finditer(r"\\.|[{}]", tail, re.S):  # \{ is no brace in TeX
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        depth += (token[0] == "{") - (token[0] == "}")
         if depth == 0:
             return tail[1:token.start()]
     return None
@@ -107,7 +107,7 @@ def countdown(response, numbers, target, format="answer"):
         value = exact_value(ast.parse(" ".join(text.split()), mode="eval").body)
     except ZeroDivisionError:
         return False
-    except (SyntaxError, KeyError, RecursionError, MemoryError):  # no arithmetic, or too deep
+    except (SyntaxError, AttributeError, RecursionError, MemoryError):  # none, or too deep
         return "unparsable"
     return value == target and Counter(map(int, re.findall("[0-9]+", text))) == Counter(numbers)
 
@@ -115,12 +115,12 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 def exact_value(node):
-    """Value of an arithmetic syntax tree as a Fraction; KeyError if there is more in it."""
+    """Value of an arithmetic syntax tree as a Fraction; AttributeError if there is more in it."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     children = ast.iter_child_nodes(node)
     operands = [exact_value(child) for child in children if isinstance(child, ast.expr)]
-    return OPERATORS[type(getattr(node, "op", None))](*operands)
+    return OPERATORS[type(node.op)](*operands)
 
 
 # ---- Tables, puzzles, questions ------------------------------------------------------------------
@@ -152,8 +152,7 @@ def same_cell(text, gold):
 def cell(text):
     text = " ".join(text.casefold().translate(DASHES).split())
     text = text.strip(" '\"`").rstrip(". ")
-    if re.fullmatch(r"\([^()]*\)", text):
-        text = text[1:-1]
+    text = re.sub(r"^\(([^()]*)\)$", r"\1", text)
     return re.sub(r"^([+-]?)\\?\$(?=[0-9.])|(?<=[0-9.]) *(\\?%|percent)$", r"\1", text)
 
 def kk(response, answer):
@@ -192,18 +191,16 @@ def search(response, answer):
     </search>, that are <think>..</think><search>..</search>, the last one also <think>..</think>
     <answer>..</answer>, nothing empty and no other tag; 0 if the policy never searched."""
     turns = [turn for turn in re.split("(?<=</search>)", response) if turn.strip()]
-    form = sum(map(well_formed, turns)) / len(turns) if len(turns) > 1 else 0
+    formed = [turn for turn in turns if WELL_FORMED.fullmatch(turn)]
+    form = len(formed) / len(turns) if len(turns) > 1 else 0
     f1 = qa(response, answer, "f1")
     if f1 == "no_answer" and not form:
         return f1
     return ((0 if f1 == "no_answer" else f1) + 0.3 * form) / 1.3
 
-def well_formed(turn):
-    parts = [part.strip() for part in re.split("(</?[a-zA-Z][a-zA-Z0-9]*>)", turn)]
-    end = "answer" if "<answer>" in parts else "search"
-    texts, tags = parts[::2], parts[1::2]
-    return (tags == ["<think>", "</think>", f"<{end}>", f"</{end}>"]
-            and [text != "" for text in texts] == [False, True, False, True, False])
+TAG = "</?[a-zA-Z][a-zA-Z0-9]*>"
+WORDS = rf"\s*(?!{TAG})\S(?:(?!{TAG}).)*"  # no tag in them, and not empty
+WELL_FORMED = re.compile(rf"\s*<think>{WORDS}</think>\s*<(search|answer)>{WORDS}</\1>\s*", re.S)
 
 def squad_normal(text):
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -249,11 +246,10 @@ def math(response, answer, acpo_compat=False):
     if refused(pred):
         return "unparsable"
     chain = last_boxed(response, join=True) or ""  # values may stand in several boxes
-    if acpo_compat or not chain.endswith(pred) or refused(chain):
-        chain = pred
+    joined = chain.endswith(pred) and not acpo_compat and not refused(chain)
     hard = []
     for gold in golds:
-        several = re.search(r"[,;]|\b(and|or)\b|\\(pm|cup)\b", gold)
+        several = joined and re.search(r"[,;]|\b(and|or)\b|\\(pm|cup)\b", gold)
         for candidate in {pred, chain} if several else {pred}:
             try:
                 if compare(gold, candidate):
@@ -296,7 +292,7 @@ def compare(gold, pred, algebra=None):
     gold, pred = clean(gold), clean(pred)
     if re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", gold):
         pred = re.sub(r"^([+-]?[0-9]+),(?=[0-9]{2,}$)", r"\1.", pred)  # 3,14 where 3.14 is meant
-    a, b = squeeze(unwrap(gold)), squeeze(unwrap(pred))
+    a, b = squeeze(gold), squeeze(pred)
     return "" not in (a, b) and (a == b or equal(gold, pred, algebra))
 
 # One answer of a list: name = parts between ends. x < 3 has the name x, the ends << and the parts
@@ -313,10 +309,8 @@ def equal(gold, pred, algebra):
         ordered = True
     if len(golds) != len(preds):
         return False
-    if ordered:
-        return all(same_item(g, p, algebra) for g, p in zip(golds, preds))
     for g in golds:
-        found = [p for p in preds if same_item(g, p, algebra)]
+        found = [p for p in (preds[:1] if ordered else preds) if same_item(g, p, algebra)]
         if not found:
             return False
         preds.remove(found[0])
@@ -338,9 +332,9 @@ def items(text):
         item = read_item(part)
         if item.ends != "{}":
             found.append(item)
-            continue
-        for inner in items(",".join(item.parts)):
-            found.append(inner._replace(in_range=True, name=inner.name or item.name))
+        else:
+            found += [inner._replace(in_range=True, name=inner.name or item.name)
+                      for inner in items(",".join(item.parts))]
     if not any(item.name for item in found[1:]):  # k = 1, 5, 9
         found = [item._replace(name=found[0].name) for item in found]
     return found
@@ -350,9 +344,10 @@ NAME = re.compile(r"\\?[a-zA-Z]+(_\{?\w+\}?)?'*(\([^()]*\))?")
 
 def read_item(text):
     *names, value = split(text, r"=|\\equiv|\\in(?![a-z])")
-    if re.search("[<>≤≥]", value) and len(split(value, "[<>≤≥]")) > 1:
-        return inequality(split(value, "[<>≤≥]"), re.findall("[<>≤≥]", value))
-    name = re.sub(r"_\{(\w+)\}", r"_\1", squeeze(unwrap(names[0]))) if names else ""
+    terms = split(value, "[<>≤≥]")
+    if len(terms) > 1:
+        return inequality(terms, re.findall("[<>≤≥]", value))
+    name = re.sub(r"_\{(\w+)\}", r"_\1", squeeze(names[0])) if names else ""
     value, unit = split_unit(value)
     value = re.sub(r"\\text\{ *(.) *\}", r"\1", value)  # \mathrm{e} is a number, no word
     return Item(name, *brackets(value), r"\in" in text, unit)
@@ -370,7 +365,6 @@ def inequality(terms, signs):
 
 def brackets(text):
     """`(1,2]` -> ("<≤", ["1", "2"]); no brackets, or only around an expression: ("", [text])."""
-    text = text.strip()
     opened = 0 not in depths(text.lstrip("\\"))[:-1]  # one pair around all of it
     if len(text) < 3 or text[-1] not in ")]}" or not opened:
         return ":" * (":" in text), split(text, ":")
@@ -398,7 +392,7 @@ def same_item(gold, pred, algebra):
         return same_value(*equations, algebra)
     if not pred.name and re.search(IMPLICIT, re.sub(r"\(.*\)", "", gold.name)):
         return False  # 0 is not x+y-1=0
-    test = equal if gold.ends else same_value
+    test = equal if len(gold.parts) > 1 else same_value  # f(1:2) is one part, with ends
     return all(test(g, p, algebra) for g, p in zip(gold.parts, pred.parts))
 
 MARKS = {r"\%": r"\cdot\frac{1}{100}", r"^{\circ}": r"\cdot\frac{\pi}{180}"}
@@ -411,10 +405,12 @@ def same_value(gold, pred, algebra):
             readings = [factor] if trig else ["", factor]
             return any(same_value(gold.replace(mark, reading), pred.replace(mark, reading), algebra)
                        for reading in readings)
-    a, b = (squeeze(unwrap(s)) for s in (gold, pred))
+    a, b = squeeze(gold), squeeze(pred)
+    if a == b or "" in (a, b):
+        return a == b != ""
     x, y = number(a), number(b)
-    if a == b or not a or not b or x is not None and y is not None:
-        return a == b != "" or None not in (x, y) and same_number(x, y)
+    if None not in (x, y):
+        return same_number(x, y)
     if prose(gold) or prose(pred):  # "5 apples and 3 oranges" is not 5; ABC is an order, no product
         return a.casefold() == b.casefold() and a.isupper() == b.isupper()
     if algebra is None:
@@ -454,9 +450,6 @@ SYMBOL = re.compile("|".join(
     re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
     for old in sorted(SYMBOLS, key=len, reverse=True)))
 BASES = dict(zip("two three four five six seven eight nine ten eleven".split(), range(2, 12)))
-
-def symbol(found):
-    return SYMBOLS[found[0]]
 
 def base(found):
     """Text, which is equal to itself alone: 101_2 is neither 101 nor 5."""
@@ -509,7 +502,7 @@ _\{(\w)\} => _\1
 (?<![0-9]{4})(?<=[0-9])(?:\{,\}|[ '])(?=[0-9]{3}(?![0-9/])) =>
 (?<=[0-9])\{,\}(?=[0-9]) => .
 (^[^\w({\[]*|= *)([1-9][0-9]{0,2}),([0-9]{3})(?:,([0-9]{3}))?(?:,([0-9]{3}))?(?![0-9]|, *[0-9])
-    => \1\2\3\4\5
+     => \1\2\3\4\5
 ^([0-9]{1,3})\.([0-9]{3})(?:\.([0-9]{3}))?,([0-9]{1,2})(?![0-9,]) => \1\2\3.\4
 ^([0-9]{1,3})\.([0-9]{3})\.([0-9]{3})(?![0-9.]) => \1\2\3
 ^([+-]?0),(?=[0-9]{3,}$) => \1.
@@ -537,7 +530,7 @@ _\{(\w)\} => _\1
 \^ *\{? *\\circ *\}? * => ^{\\circ}
 (?:\\text\{ *)?(?:\^\{\\circ\}|\bdegrees?\b) *(?:\\text\{ *)?C(?:elsius)?\b *\}? => \\text{celsius}
 (?:\\text\{ *)?(?:\^\{\\circ\}|\bdegrees?\b) *(?:\\text\{ *)?F(?:ahrenheit)?\b *\}?
-    => \\text{fahrenheit}
+     => \\text{fahrenheit}
 (?<=[0-9}]) *(?:\\text\{ *degrees? *\}|degrees?\b) => ^{\\circ}
 ([0-9]+) *\^\{\\circ\} *([0-9]+) *' *([0-9]+) *'' => (\1+\\frac{\2}{60}+\\frac{\3}{3600})^{\\circ}
 ([0-9]+) *\^\{\\circ\} *([0-9]+) *'(?!') => (\1+\\frac{\2}{60})^{\\circ}
@@ -584,8 +577,7 @@ FUNCTIONS = {"base": base, "remainder": remainder, "repeating": repeating, "rows
 
 def rules(table):
     """[(pattern, what it becomes), ...]"""
-    table = re.sub(r"\n +", "", re.sub(r"\n +=>", " =>", table))
-    for line in table.strip().split("\n"):
+    for line in table.strip().replace("\n    ", "").split("\n"):
         if not line.startswith("#"):
             pattern, new = line.split(" =>")
             new = new.strip().replace("␣", " ")
@@ -605,19 +597,17 @@ no|否
 @lru_cache(4096)
 def clean(text):
     """LaTeX answer without styling and final full stop, with one way to write each thing."""
-    text = SYMBOL.sub(symbol, text)
+    text = SYMBOL.sub(lambda found: SYMBOLS[found[0]], text)
     for pattern, new in RULES:
         text = pattern.sub(new, text)
     text = text.translate(SCRIPTS).strip().rstrip(".,;:\\ ")
     while text[:1] == "{" and 0 not in depths(text)[:-1] and len(text) > 2:
         text = text[1:-1].strip()
-    return SYNONYMS.get(squeeze(unwrap(text)).casefold().replace(" ", ""), text)
-
-def unwrap(text):
-    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    return SYNONYMS.get(squeeze(text).casefold().replace(" ", ""), text)
 
 def squeeze(text):
-    """Without spaces, but 1 8 and 32, 349 stay two numbers."""
+    """Without \\text{} and spaces, but 1 8 and 32, 349 stay two numbers."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     return re.sub(r"(?<![0-9,])\s+|\s+(?![0-9])", "", text)
 
 def depths(text):
@@ -681,23 +671,22 @@ def read_unit(text):
     return "".join(names).replace("count", "") if known else None
 
 def number(text):
-    """Plain number -> exact Decimal or Fraction, else None. 1e400 is never expanded to digits."""
+    """Plain number -> exact Fraction; Decimal from 1e300 on, as digits are many; else None."""
     text = re.sub(r"^([+-]?)10\^", r"\g<1>1*10^", text)
     text = re.sub(r"(?<=[0-9.])(\\times|\\cdot|\*)10\^\{?([+-]?[0-9]{1,6})\}?$", r"e\2", text)
     if re.fullmatch(r"[+-]?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]*)?", text):
         text = text.replace(",", "")
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?", text):
-        return Decimal(text)
+        value = Decimal(text)
+        return Fraction(value) if abs(value.adjusted()) < 300 else value
     text = re.sub(r"^([+-]?)\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
     if re.fullmatch(r"[+-]?[0-9]{1,99}/0*[1-9][0-9]{0,98}", text):
         return Fraction(text)
     return None
 
 def same_number(a, b, tolerance=None):
-    """Exactly equal, or close if one is written with decimals (unless its exponent is huge)."""
-    decimals = any(isinstance(v, Decimal) and v != v.to_integral_value() for v in (a, b))
-    small = all(isinstance(v, Fraction) or abs(v.adjusted()) < 300 for v in (a, b))
-    return a == b or decimals and small and close(Fraction(a), Fraction(b), tolerance)
+    """Exactly equal, or close unless the exponent is huge."""
+    return a == b or Decimal not in (type(a), type(b)) and close(a, b, tolerance)
 
 def close(a, b, tolerance=None):
     """Equal to 6 decimals, like 1/3 and 0.333333; below 1e-3 relative (Math-Verify: 5e-7 is 0)."""
@@ -736,9 +725,8 @@ def points(a, b):
     from sympy import Rational
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     for turn in range(8):
-        signs = [(-1) ** (turn >> i % 3) for i in range(len(symbols))]
-        yield {symbol: Rational(sign * (31 + 17 * i + 7 * turn), 29)
-               for i, (symbol, sign) in enumerate(zip(symbols, signs))}
+        yield {symbol: (-1) ** (turn >> i % 3) * Rational(31 + 17 * i + 7 * turn, 29)
+               for i, symbol in enumerate(symbols)}
 
 def same_everywhere(a, b):
     """Are two expressions equal wherever both are real? To 25 digits, but like decimals if one is a
@@ -790,8 +778,7 @@ class Worker:
     """Child process `python rewards.py --worker`, started on first use: computer algebra may never
     come back, and a process can be killed."""
 
-    def __init__(self):
-        self.process = self.owner = None
+    process = owner = None
 
     def ask(self, pairs, seconds):
         """(score, status) of [(gold, pred), ...] within `seconds` + 1; a process that hangs or dies
@@ -838,12 +825,10 @@ def rg(response, name, config, entry):
     answer = last_answer(response)
     if not answer:
         return "no_answer"
-    try:
-        score = gym(name, json.dumps(config)).score_answer(answer, json.loads(entry))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-            ValueError):
-        return "unparsable"  # to their scorer
-    return min(1.0, max(0.0, float(score)))
+    dataset = gym(name, json.dumps(config))
+    with suppress(Exception):  # on odd text their scorers raise nearly any type
+        return min(1.0, max(0.0, float(dataset.score_answer(answer, json.loads(entry)))))
+    return "unparsable"
 
 @lru_cache
 def gym(name, config):
@@ -872,8 +857,6 @@ def check_gold(task, problem):
         return None
     golds = as_list(problem["answer"])
     text = ", ".join(map(str, golds)) if task == "tableqa" else str(golds[0])
-    if len(text) > MAX_CHARS:
-        return f"its reference is longer than {MAX_CHARS} characters"
     if task == "math":
         text = as_list(reduce_gold(golds[0]))[0]
     response = rf"<answer>{text}</answer>\boxed{{{text}}}"
