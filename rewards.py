@@ -228,9 +228,6 @@ def as_list(value):
 
 # ---- Math: the structure of the answer first, then text, exact numbers, computer algebra ---------
 
-class Undecided(Exception):
-    """Only computer algebra can tell: it runs in a child process."""
-
 def math(response, answer, acpo_compat=False):
     """The score or status, or the pairs [(gold, pred), ...] of which computer algebra has to find
     one equal. acpo_compat: the ACPO paper's rule (arXiv 2606.22570), for comparison: with no box
@@ -251,10 +248,10 @@ def math(response, answer, acpo_compat=False):
     for gold in golds:
         several = joined and re.search(r"[,;]|\b(and|or)\b|\\(pm|cup)\b", gold)
         for candidate in {pred, chain} if several else {pred}:
-            try:
-                if compare(gold, candidate):
-                    return True
-            except Undecided:
+            asked = []  # what computer algebra has to tell, in a child process; no, until then
+            if compare(gold, candidate, asked.append):
+                return True
+            if asked:
                 hard.append((gold, candidate))
     return hard or False
 
@@ -281,12 +278,11 @@ BOMBS = re.compile(
 def refused(text):
     """Is it too long, too deep or too large to be parsed? Then it is no answer to any problem."""
     text = re.sub(r"\\left|\\right|\s", "", text)
-    if len(text) > MAX_CHARS or max(depths(text), default=0) > MAX_DEPTH:
-        return True
-    return number(text) is None and bool(BOMBS.search(text))  # 1e400 is only text
+    return (len(text) > MAX_CHARS or max(depths(text), default=0) > MAX_DEPTH
+            or number(text) is None and bool(BOMBS.search(text)))  # 1e400 is only text
 
-def compare(gold, pred, algebra=None):
-    """Do two answers say the same? Undecided if that takes `algebra(gold, pred)` and it is None."""
+def compare(gold, pred, algebra):
+    """Do two answers say the same? `algebra((gold, pred))` is asked about two expressions."""
     if gold.strip() == pred.strip():
         return True
     gold, pred = clean(gold), clean(pred)
@@ -322,9 +318,9 @@ def unpack(side, other):
     same_name = other[0].name and all(item.name == other[0].name for item in other)  # x = 1, 2
     if len(side) > 1 or same_name or any(item.in_range for item in [one, *other]):
         return side
-    if re.fullmatch("[A-J]+", one.parts[0]):
-        return [read_item(letter) for letter in one.parts[0]]
-    return [read_item(part) for part in one.parts] if one.ends == "<<" else side
+    letters = re.fullmatch("[A-J]+", one.parts[0])
+    parts = one.parts[0] if letters else one.parts if one.ends == "<<" else []
+    return [read_item(part) for part in parts] or side
 
 def items(text):
     found = []
@@ -413,9 +409,7 @@ def same_value(gold, pred, algebra):
         return same_number(x, y)
     if prose(gold) or prose(pred):  # "5 apples and 3 oranges" is not 5; ABC is an order, no product
         return a.casefold() == b.casefold() and a.isupper() == b.isupper()
-    if algebra is None:
-        raise Undecided
-    return algebra(gold, pred)
+    return algebra((gold, pred))
 
 WORD = re.compile(r"(?<![\\{a-zA-Z])([a-zA-Z]{4,}|[A-Z]{2,}|(?i:yes|no|odd|not|any))(?![a-zA-Z])")
 
@@ -697,10 +691,10 @@ def close(a, b, tolerance=None):
 # ---- Computer algebra, in the worker process only ------------------------------------------------
 
 @lru_cache(4096)
-def algebra_equal(gold, pred):
+def algebra_equal(pair):
     """Two expressions, or two equations, which are equal if one is a multiple of the other."""
     from sympy import Eq
-    a, b = parse(gold), parse(pred)
+    a, b = map(parse, pair)
     if isinstance(a, Eq) and isinstance(b, Eq):
         a, b = a.lhs - a.rhs, b.lhs - b.rhs
         point = next(points(a, b))
