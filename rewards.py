@@ -342,22 +342,22 @@ def read_item(text):
     *names, value = split(text, r"=|\\equiv|\\in(?![a-z])")
     terms = split(value, "[<>≤≥]")
     if len(terms) > 1:
-        return inequality(terms, re.findall("[<>≤≥]", value))
+        return inequality(terms, re.sub("[^<>≤≥]", "", value))
     name = re.sub(r"_\{(\w+)\}", r"_\1", squeeze(names[0])) if names else ""
     value, unit = split_unit(value)
     value = re.sub(r"\\text\{ *(.) *\}", r"\1", value)  # \mathrm{e} is a number, no word
     return Item(name, *brackets(value), r"\in" in text, unit)
 
 def inequality(terms, signs):
-    if not {"<", "≤"} & set(signs):  # 3 > x is x < 3
+    if not re.search("[<≤]", signs):  # 3 > x is x < 3
         terms.reverse()
-        signs = ["<" if sign == ">" else "≤" for sign in reversed(signs)]
+        signs = signs[::-1].replace(">", "<").replace("≥", "≤")
     if len(terms) == 2 and NAME.fullmatch(terms[0]):
-        terms, signs = [r"-\infty", *terms], ["<", *signs]
+        terms, signs = [r"-\infty", *terms], "<" + signs
     elif len(terms) == 2 and NAME.fullmatch(terms[1]):
-        terms, signs = [*terms, r"\infty"], [*signs, "<"]
+        terms, signs = [*terms, r"\infty"], signs + "<"
     name = terms.pop(1) if len(terms) == 3 and NAME.fullmatch(terms[1]) else ""
-    return Item(squeeze(name), "".join(signs), terms, True, "")
+    return Item(squeeze(name), signs, terms, True, "")
 
 def brackets(text):
     """`(1,2]` -> ("<≤", ["1", "2"]); no brackets, or only around an expression: ("", [text])."""
@@ -416,8 +416,7 @@ WORD = re.compile(r"(?<![\\{a-zA-Z])([a-zA-Z]{4,}|[A-Z]{2,}|(?i:yes|no|odd|not|a
 def prose(text):
     """Words, not a product of letters? Beside an operator even four letters are a product."""
     alone = WORD.search(text) and not re.search(r"[-+*/^=]", text)
-    return bool(alone or re.search(r"\\(text|ldots)|'", text))
-
+    return alone or re.search(r"\\(text|ldots)|'", text)
 
 
 # ---- Math: what people write for one thing -------------------------------------------------------
@@ -427,7 +426,7 @@ SYMBOLS = r"""
     − - – - ‑ - × \times ÷ / \div / · \cdot ⋅ \cdot ∙ \cdot ⁄ / ∕ / π \pi ∞ \infty ° ^{\circ}
     度 ^{\circ} ′ ' ″ '' ’ ' ≠ \ne ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ± \pm ∓ \pm \mp \pm 、 ,
     … \ldots ... \ldots ∠ \angle △ \triangle θ \theta α \alpha β \beta γ \gamma λ \lambda
-    σ \sigma φ \phi ω \omega Δ \Delta \Omega Ω \not= \ne ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne
+    σ \sigma φ \phi ω \omega Δ \Delta \Omega Ω ≈ \approx ∨ , ∧ , ** ^ <= ≤ >= ≥ != \ne
     \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ ∶ : \geqslant ≥ \lt < \gt > \neq \ne \lor , \land ,
     \vee , \wedge , \dfrac \frac \tfrac \frac \cfrac \frac \degree ^{\circ} \lbrace \{ \rbrace \}
     \langle ( \rangle ) \lg \log_{10} \mod \bmod \varnothing \emptyset \dots \ldots \cdots \ldots
@@ -440,9 +439,7 @@ SYMBOLS = r"""
 SYMBOLS = {old: re.sub("(?<=[a-z])$", " ", new)
            for old, new in zip(SYMBOLS[::2], SYMBOLS[1::2])}
 SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣⁱ₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-()nxi0123456789+-nx")
-SYMBOL = re.compile("|".join(
-    re.escape(old) + r"(?![a-zA-Z])" * (old[0] == "\\" and old[-1].isalpha())
-    for old in sorted(SYMBOLS, key=len, reverse=True)))
+SYMBOL = re.compile(r"\\[a-zA-Z]+|" + "|".join(map(re.escape, SYMBOLS)))  # \left is no \le
 BASES = dict(zip("two three four five six seven eight nine ten eleven".split(), range(2, 12)))
 
 def base(found):
@@ -474,6 +471,7 @@ def rows(found):
 
 # pattern => what it becomes (␣ a space): a template, or a function above; an indented line goes on
 RULES = r"""
+\\not= => \\ne␣
 ^\s*\^(.*)\^\s*$ => \1
 ([⁰¹²³⁴-⁾ⁿˣⁱ]+) => ^{\1}
 ([₀-₋ₙₓ]+) => _{\1}
@@ -591,7 +589,7 @@ no|否
 @lru_cache(4096)
 def clean(text):
     """LaTeX answer without styling and final full stop, with one way to write each thing."""
-    text = SYMBOL.sub(lambda found: SYMBOLS[found[0]], text)
+    text = SYMBOL.sub(lambda found: SYMBOLS.get(found[0], found[0]), text)
     for pattern, new in RULES:
         text = pattern.sub(new, text)
     text = text.translate(SCRIPTS).strip().rstrip(".,;:\\ ")
