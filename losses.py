@@ -40,7 +40,7 @@ def advantages(reward, group_size, kind="grpo", length=None):
     mean = R.mean(1, keepdim=True)
     A = R - mean  # kind "mean" (Dr. GRPO, 2503.20783) is done
     flat = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)  # groups without signal
-    n = torch.ones_like(R) if length is None else length.view_as(R).to(R)
+    tokens = torch.ones_like(R) if length is None else length.view_as(R).to(R)
     if kind == "grpo":  # 2402.03300
         A = A / (R.std(1, keepdim=True, correction=min(1, group_size - 1)) + 1e-6)
     elif kind == "rloo":  # 2402.14740: the mean of the OTHER samples is the baseline
@@ -50,15 +50,15 @@ def advantages(reward, group_size, kind="grpo", length=None):
     elif kind == "gpg":  # 2504.02546: make up for the groups without signal
         A = A * len(R) / (~flat).sum().clamp(min=1)
     elif kind == "opo":  # 2505.23585: long responses weigh more in the baseline, as in the gradient
-        A = R - (n * R).sum(1, keepdim=True) / n.sum(1, keepdim=True)
+        A = R - (tokens * R).sum(1, keepdim=True) / tokens.sum(1, keepdim=True)
     elif kind == "passk":  # 2503.19595: the best response alone, by what it adds to the second best
         second = R.topk(min(2, group_size), 1).values[:, -1:]
         A = (R - second).clamp(min=0)
     elif kind == "batch":  # 2508.08221: over the std of all rewards, not of the group's
         A = A / (R.std(correction=min(1, len(reward) - 1)) + 1e-6)
     elif kind == "reinforce_pp":  # 2501.03262: whitened over all tokens: long responses weigh more
-        A = A - (n * A).sum() / n.sum()
-        variance = (n * A**2).sum() / (n.sum() - 1).clamp(min=1)
+        A = A - (tokens * A).sum() / tokens.sum()
+        variance = (tokens * A**2).sum() / (tokens.sum() - 1).clamp(min=1)
         A = A / (variance + 1e-8).sqrt()
     return A.masked_fill(flat, 0).flatten()  # exactly 0, not rounding / 1e-6
 
@@ -209,7 +209,7 @@ def ratio_moments(logp, old_logp, mask, bins=5, **_):
 def acpo(b, alpha=3.0, eps=0.2, eps_min=0.0, eps_max=3.0, bins=5, dual_clip=3.0):
     """ACPO (2606.22570): unlikely tokens have noisier ratios and get more room. The band is
     1 +- clamp(eps + alpha std(ratio), eps_min, eps_max), the std by bins of current probability."""
-    mean, square = b.statistics[1:] / b.statistics[0].clamp(min=1)
+    mean, square = b.statistics[1:] / b.statistics[0].clamp(min=1)  # of ratio - 1, by bins
     std = ((square - mean**2).clamp(min=0) + 1e-8).sqrt().to(b.mask)
     width = (eps + alpha * std).clamp(eps_min, eps_max)  # (bins,)
     for i in range(bins):
@@ -231,7 +231,7 @@ def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
 @objective("token-mean")
 def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
     """BAPO (2510.18927): raise a band's lower, then upper end until winners outweigh losers."""
-    steps = round((high[1] - high[0]) / step)  # low in one: a higher low only adds to the losers
+    steps = round((high[1] - high[0]) / step)  # low at once, as that only adds to the losers
     walk = [(low[0], high[0])] + [(low[1], high[0] + step * i) for i in range(steps + 1)]
     for lower, upper in walk:
         won = (b.ratio.clamp(max=upper) * b.A.clamp(min=0)).sum()
@@ -243,14 +243,14 @@ def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.
 @objective("token-mean")
 def m2po(b, budget=0.04, eps_low=0.3, eps_high=0.5):
     """M2PO (2510.01161): the widest band e^-t .. e^t with mean min(|log ratio|, t)^2 <= budget."""
-    outward = b.mask * (b.A * b.log_ratio > 0)  # the mean is over these; at least 1 +- eps:
+    outward = b.mask * (b.A * b.log_ratio > 0)  # where A pushes on: the mean is over these tokens
     square = b.log_ratio.detach().clamp(-20, 20) ** 2 * outward  # (B,T)
     t, end = b.mask.new_tensor([0.0, 20.0])  # no |log ratio| is larger: at 20 nothing is clipped
     for _ in range(50):  # halve the interval that holds t
         middle = (t + end) / 2
         fits = square.clamp(max=middle**2).sum() <= budget * outward.sum()
         t, end = torch.where(fits, middle, t), torch.where(fits, end, middle)
-    low = (-t).exp().clamp(max=1 - eps_low)
+    low = (-t).exp().clamp(max=1 - eps_low)  # the band is at least 1 - eps_low .. 1 + eps_high
     high = t.exp().clamp(min=1 + eps_high)
     b.metrics.update(band_low=low, band_high=high)
     return clip(b, low, high)
@@ -353,7 +353,7 @@ def ipo(b, eps=0.1, k=1e-3):
     """IPO (prime-rl): -ratio A, 0 where |p - p_old| > eps either way; k (log ratio)^2 anywhere."""
     far = (b.p - b.p_old).abs() > eps
     b.metrics["clip_low"] = b.mean(far & (b.A < 0))
-    b.metrics["clip_high"] = b.mean(far & (b.A >= 0))
+    b.metrics["clip_high"] = b.mean(far & (b.A > 0))
     return -b.ratio * ~far * b.A + k * b.log_ratio**2
 @objective("seq-mean-token-mean")
 def sapo(b, tau_pos=1.0, tau_neg=1.05):
@@ -479,8 +479,8 @@ def general_metrics(b):
     metrics = {"clip_low": zero, "clip_high": zero, "ratio_mean": mean,
                "approx_kl": b.mean(b.ratio - 1 - b.log_ratio.clamp(-20, 20)),
                "ratio_sq": b.mean((b.ratio - 1)**2), "ratio_std": b.mean((b.ratio - mean)**2)**0.5}
-    if b.sum_p2 is not None:  # WAPO's cells: likelier than two draws agree? did it win?
-        peak, won = b.p >= b.sum_p2, b.A >= 0  # p above sum p^2: two draws agree less often
+    if b.sum_p2 is not None:  # WAPO's cells. A peak is likelier than a draw is on average, sum p^2
+        peak, won = b.p >= b.sum_p2, b.A >= 0
         metrics |= {"pos_peak": b.mean(won & peak), "pos_valley": b.mean(won & ~peak),
                     "neg_peak": b.mean(~won & peak), "neg_valley": b.mean(~won & ~peak)}
     return metrics

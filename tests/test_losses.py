@@ -734,6 +734,14 @@ def test_a_correction_leaves_the_penalty_on_the_kl_alone():
     assert plain.abs().max() > 1e-4
     equal(run("grpo", batch, correction="tis")[1], plain)
 
+def test_opsm_drops_losers_alone():
+    """Without an advantage some losses still have a gradient: DRO's leash, IPO's penalty."""
+    batch = with_sampler(random_batch(3))
+    batch["adv"] *= 0
+    _, grad, metrics = run("dro", batch, correction="opsm", correction_args=dict(delta=-9.))
+    equal(grad, run("dro", batch)[1])
+    assert metrics["masked"] == 0 and grad.abs().max() > 1e-4
+
 def test_the_geometric_mean_is_not_the_mean_of_the_ratios():
     """A peer took the mean of exp for the exp of the mean: here 1.25 and 1."""
     old = f64([[-1.0, -1.0]])
@@ -821,6 +829,8 @@ def test_clip_fractions_count_only_the_side_that_ppo_stops():
             band = dict(eps=.2) if name == "aspo" else dict(eps_low=.2, eps_high=.2)
             _, m = policy_loss(name, logp, old, f64([A]), mask, **band)
             assert (m["clip_low"] * 8, m["clip_high"] * 8) == (low, high), name
+        _, m = policy_loss("ipo", logp, old, f64([A]), mask, eps=.03)  # six p move more
+        assert (m["clip_low"] * 8, m["clip_high"] * 8) == (6 * (A < 0), 6 * (A > 0))
     _, m = policy_loss("grpo", logp, old, f64([-1]), mask, dual_clip=2)
     assert m["clip_low"] * 8 == 5  # the dual clip stops one more
     _, m = policy_loss("entropy_top", logp, old, f64([-1]), mask, entropy=f64([range(8)]), ratio=.8)
