@@ -11,11 +11,14 @@ back without the characters that our tags are made of and without control charac
 raises, is late or answers something else costs its calls a short error text, and the run nothing.
 """
 import json
+import math
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 CALL = 1000         # characters of a call
 REPLY = 6000        # characters of a reply: three passages of Wikipedia are some 2,000
@@ -27,7 +30,7 @@ BODY = 64 * 2**20   # bytes that a server may send
 class Tool:
     """What the policy writes between `call_open` and `call_close` is a call. The reply stands
     behind it, between `reply_open` and `reply_close`."""
-    answer: Callable[[list[str]], list[str]]  # calls -> replies, one each
+    answer: Callable        # calls (list of str) -> replies, one each
     call_open: str
     call_close: str
     reply_open: str
@@ -38,23 +41,23 @@ class Tool:
     seconds: float = 20.0   # for a whole batch of calls
     error: str = "error"    # what the policy reads where there is no reply
 
-    def call_in(self, text) -> str | None:
+    def call_in(self, text):
         """The call with which a turn ends; None if it ends in another way."""
         before, closed, _ = text.partition(self.call_close)
         _, opened, call = before.rpartition(self.call_open)
         return call if opened and closed else None
 
-    def ask(self, calls) -> list[tuple[str, bool]]:
-        """(reply, whether the tool failed) for each call, within `seconds`."""
+    def ask(self, calls):
+        """[(reply, whether the tool failed)] of the calls, within `seconds`."""
         calls = [" ".join(printable(call).split())[:CALL] for call in calls]
         asked = list(dict.fromkeys(calls))  # the samples of a prompt often ask the same
-        size = max(self.part, -(-len(asked) // THREADS))
+        size = max(self.part, math.ceil(len(asked) / THREADS))
         replies = {}
-        threads = [threading.Thread(target=self.work, args=(asked[i:i + size], replies),
-                                    daemon=True)  # so that one can stop waiting for it
-                   for i in range(0, len(asked), size)]
-        for thread in threads:
-            thread.start()
+        threads = []
+        for i in range(0, len(asked), size):
+            part = (asked[i:i + size], replies)
+            threads.append(threading.Thread(target=self.work, args=part, daemon=True))
+            threads[-1].start()  # a daemon, so that one can stop waiting for it
         deadline = time.monotonic() + self.seconds
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
@@ -62,27 +65,23 @@ class Tool:
         return [(replies.get(call, self.error), call not in replies) for call in calls]
 
     def work(self, calls, replies):
-        try:
-            found = self.answer(calls)
-            if len(found) == len(calls):
-                replies.update(zip(calls, map(self.defused, found)))
-        except Exception:  # whatever a stranger's code or server does; it is counted
-            return
+        with suppress(Exception):  # whatever a stranger's code or server does; it is counted
+            found = map(self.defused, self.answer(calls))
+            replies |= dict(zip(calls, found, strict=True))
 
-    def defused(self, reply) -> str:
+    def defused(self, reply):
         """A reply that cannot be taken for anything but text."""
         reply = printable(reply[:REPLY])
         return "".join(c for c in reply if c not in self.marks).strip()
 
 
-def printable(text) -> str:
+def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
-def facts(fact) -> Tool:
-    """The tool of a small task, as data.fact of hops: `fact` is a function of one call."""
-    return Tool(lambda calls: [fact(call) for call in calls], "[", "]", "(", ")", marks="[]()#$",
-                error="?")
+def facts(fact):
+    """The Tool of a small task, as data.fact of hops: `fact` is a function of one call."""
+    return Tool(lambda calls: map(fact, calls), "[", "]", "(", ")", marks="[]()#$", error="?")
 
 
 # ---- Search: the tags of WAPO and Search-R1 ------------------------------------------------------
@@ -90,9 +89,9 @@ def facts(fact) -> Tool:
 TOP = 3  # passages of a reply
 
 
-def search(passages=(), url="") -> Tool:
-    """Over `passages` (texts), or at a server (url)."""
-    answer = bm25(passages) if not url else lambda calls: retrieve(url, calls)
+def search(passages=(), url=""):
+    """The Tool over `passages` (texts), or of a server (url)."""
+    answer = partial(retrieve, url) if url else bm25(passages)
     return Tool(answer, "<search>", "</search>", "\n\n<information>", "</information>\n\n",
                 marks="<>", ends=("</answer>",), part=16 if url else 10**6, seconds=60.0,
                 error="the search failed; try again, or answer")
@@ -116,24 +115,18 @@ def bm25(passages):
     return answer
 
 
-def retrieve(url, calls) -> list[str]:
+def retrieve(url, calls):
     """Of a Search-R1 server: {"result": [[{"document": {"contents": text}, "score": s}, ..], ..]},
     a list for each query."""
     question = {"queries": calls, "topk": TOP, "return_scores": True}
     request = urllib.request.Request(url, json.dumps(question).encode(),
                                      {"Content-Type": "application/json"})
-    body = b""
-    late = time.monotonic() + 60
     with urllib.request.urlopen(request, timeout=30) as response:
-        while some := response.read1(2**16):
-            body += some
-            if len(body) > BODY or time.monotonic() > late:
-                raise OSError("too much, or too slow")
-    found = json.loads(body)["result"]
+        found = json.loads(response.read(BODY))["result"]  # what is longer is cut: no JSON
     return [shown(hit["document"]["contents"] for hit in best[:TOP]) for best in found]
 
 
-def shown(passages) -> str:
+def shown(passages):
     return "\n\n".join(" ".join(passage.split()) for passage in passages)
 
 
@@ -142,17 +135,16 @@ def shown(passages) -> str:
 KINDS = ("none", "facts", "search")
 
 
-def make(kind, fact=None, url="", passages=list) -> Tool | None:
-    """The tool of --tool. fact: what facts() needs, if the task has it; passages: a function that
-    loads them."""
-    if kind not in KINDS:
-        raise ValueError(f"--tool {kind}: choose from {', '.join(KINDS)}")
-    if kind == "facts" and not fact:
-        raise ValueError("--tool facts: this --data has no facts, hops has; choose none or search")
+def make(kind, fact=None, url="", passages=list):
+    """The Tool of --tool, or None. fact: what facts() needs, if the task has it; passages: a
+    function that loads them."""
+    if kind == "none":
+        return None
+    if kind == "facts" and fact:
+        return facts(fact)
+    if kind != "search":
+        raise ValueError(f"--tool {kind}: this --data has no {kind}; choose none, search or, with "
+                         "--data hops, facts")
     if url and not url.startswith(("http://", "https://")):  # urllib would open a file:// as well
         raise ValueError(f"--search_url {url}: must begin with http:// or https://")
-    if kind == "facts":
-        return facts(fact)
-    if kind == "search":
-        return search(() if url else passages(), url)
-    return None
+    return search(() if url else passages(), url)
