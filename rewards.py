@@ -703,12 +703,11 @@ def algebra_equal(pair):
 def parse(text):
     """Math-Verify's parser, but with the case of letters kept."""
     from latex2sympy2_extended.latex2sympy2 import (ConversionConfig, NormalizationConfig,
-                                                    latex2sympy, normalize_latex)
+                                                    latex2sympy)
     from sympy import I
     # units off: its list strips the letters c, d, h, o, t from the end, so that 2c would equal 2
-    normal = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True,
-                                 boxed="none")
-    value = latex2sympy(normalize_latex(text, normal), is_real=True, normalization_config=None,
+    normal = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    value = latex2sympy(text, is_real=True, normalization_config=normal,
                         conversion_config=ConversionConfig(lowercase_symbols=False))
     return value.subs({s: I for s in value.free_symbols if s.name == "i"}).doit()
 
