@@ -15,7 +15,6 @@ sample index) alone, so slots, batch order and number of processes do not change
 """
 import argparse
 import hashlib
-import inspect
 import sys
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from functools import partial
 
 import torch
 
-from model import Model, Progress, attention_kernel, causal, pack, varlen_attn
+from model import Model, Progress, attention_kernel, causal, end_ids, pack, varlen_attn
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -35,7 +34,6 @@ CPU_CACHE_BYTES = 2 * 2**30
 GPU_CACHE_SHARE = 0.6  # of the memory that is free
 GRAPH_AFTER = 3  # steps of one shape before it is captured: they warm it up, rare shapes never pay
 COLDEST = 1e-4  # smallest temperature but 0: logits / temperature must not overflow
-LONGEST_TEXT = 10**6  # characters of a prompt on the command line: tokenizers die of more
 
 
 @dataclass
@@ -84,15 +82,14 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
     if not prompts:
         return []
     seeds, limits = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
-    check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer, slots)
+    check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer)
     requests = [Request(*request, sample)
                 for request in zip(prompts, limits, seeds) for sample in range(n)]
     length = max(len(request.prompt) + request.limit for request in requests)
     fit = slots_that_fit(model, length, kv_tokens)
     slots = min(fit, len(requests), slots or fit)
 
-    ends = model.eos_ids if eos_ids is None else eos_ids
-    ends = {e for e in ends if e is not None and 0 <= e < model.config.vocab_size}
+    ends = end_ids(list(model.eos_ids if eos_ids is None else eos_ids), model.config)
     decoder = Decoder(model, slots, length, max(limits), ends,
                       temperature=temperature, top_p=top_p)
     batch = Batch(decoder, requests, ends, stop, tokenizer)
@@ -137,21 +134,18 @@ def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
     how |= {"temperature": temperature, "top_p": top_p, "eos_ids": eos_ids, "tokenizer": tokenizer,
             "stop": (*stop, *tool.ends, tool.call_close)}
     seeds, budgets = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
-    longest = max((len(prompt) + budget for prompt, budget in zip(prompts, budgets)), default=0)
-    slots_that_fit(model, longest, how.get("kv_tokens"))  # refuses now what would fail turns later
     talks = [Talk(Rollout(list(prompt), len(prompt), [], False, drawn=[]), budget, f"{name} {i}")
              for prompt, budget, name in zip(prompts, budgets, seeds) for i in range(n)]
     rollouts = [talk.rollout for talk in talks]
     for turn in range(turns):
-        if turn == 0:
-            limits = [min(turn_tokens or budget, budget) for budget in budgets]
-            said = generate(model, prompts, n, limits, seed=seeds, **how)
-        else:
+        if turn:
             talks = hear([talk for talk in talks if talk.call is not None], tool, tokenizer)
-            heard = [talk.rollout.tokens for talk in talks]
-            limits = [min(turn_tokens or talk.room, talk.room) for talk in talks]
-            said = generate(model, heard, 1, limits, seed=[f"{talk.name} {turn}" for talk in talks],
-                            **how)
+        limits = [min(turn_tokens or talk.room, talk.room) for talk in talks]
+        if turn:
+            said = generate(model, [talk.rollout.tokens for talk in talks], 1, limits,
+                            seed=[f"{talk.name} {turn}" for talk in talks], **how)
+        else:  # the samples of a prompt share its prefill
+            said = generate(model, prompts, n, limits[::n], seed=seeds, **how)
         for talk, new in zip(talks, said):
             tokens = new.tokens[new.prompt_len:]
             talk.add(tokens, new.logp, drawn=True)
@@ -204,6 +198,7 @@ class Batch:
         self.tokenizer = tokenizer
         self.waiting = deque(requests)  # all samples of a prompt, then those of the next
         self.live = 0
+        self.made = 0  # tokens of the requests that are over
         self.request = {}  # slot -> its request
         self.stopped = set()  # slots that a stop string ended
         self.prefilled = None  # the prompt that was prefilled last
@@ -230,8 +225,6 @@ class Batch:
         drawn = d.drawn[:self.live].cpu()
         tail = self.patience + 4 * max(map(len, self.stop))  # a character is at most 4 tokens
         for row, made in enumerate(d.made[:self.live].tolist()):
-            if row in self.stopped:
-                continue
             start = max(0, made - tail)
             tokens = drawn[row, start:made].tolist()
             if not self.holds_stop(tokens):
@@ -250,9 +243,10 @@ class Batch:
     def harvest(self):
         """The rows that are over; what they hold becomes their requests' results."""
         d = self.decoder
-        _, _, made, alive, _ = d.state[:, :self.live].tolist()
+        made, alive = d.state[2:4, :self.live].tolist()
         over = [row for row in range(self.live) if not alive[row]]
         for row in over:
+            self.made += made[row]
             request = self.request[row]
             response = d.drawn[row, :made[row]].tolist()
             logp = d.logp[row, :made[row]].tolist()
@@ -303,16 +297,13 @@ class Batch:
         self.decoder.start(slots, requests)
 
     def report(self):
-        """Rows finished and tokens/s."""
-        progress, d = self.progress, self.decoder
-        if not progress.due():
-            return
-        finished = [r.result.length for r in self.requests if r.result]
-        made = sum(finished) + int(d.made[:self.live].sum())
-        most = sum(finished) + (len(self.requests) - len(finished)) * d.max_new_tokens
-        rate = made / (progress.now - progress.began)
-        progress.show(made / most, f"rollout: {len(finished)} of {len(self.requests)} rows, "
-                      f"{rate:,.0f} tok/s", "at most")
+        """Rows finished, tokens made, and the time left if every row goes on to its limit."""
+        rows = len(self.requests)
+        finished = rows - len(self.waiting) - self.live
+        made = self.made + int(self.decoder.made[:self.live].sum())
+        most = self.made + (rows - finished) * self.decoder.max_new_tokens
+        self.progress.show(made / most, f"rollout: {finished} of {rows} rows, {made:,} tokens",
+                           "at most")
 
 
 # ---- The device's side: step, graphs, cache ----------------------------------------------------
@@ -335,7 +326,7 @@ class Decoder:
         self.device = device
         self.on_gpu = device.type == "cuda"
         self.goes_on = torch.ones(model.config.vocab_size, dtype=torch.long, device=device)
-        self.goes_on[list(ends)] = 0  # (V,) 0 for tokens that end a response
+        self.goes_on[ends] = 0  # (V,) 0 for tokens that end a response
         # per slot: the token that is fed next, its place in the sequence, response tokens drawn,
         # 1 while the sequence goes on, the most tokens that may be drawn
         self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
@@ -422,7 +413,7 @@ class Cache:
     def __init__(self, model, slots, length):
         c = model.config
         weight = model.embed_tokens.weight
-        self.kernel = decode_kernel(weight.device, weight.dtype, c.head_dim)
+        self.kernel = decode_kernel(weight.device, weight.dtype)
         self.length = length
         tokens = length, c.num_key_value_heads
         if self.kernel == "matmul":  # in memory the tokens of a head lie together
@@ -491,14 +482,13 @@ class Cache:
         return attend
 
 
-def decode_kernel(device, dtype, head_dim) -> str:
-    """What attends to the cache: flash-attn if installed, else PyTorch's copy of it where that
-    can read a part of each sequence, else two batched matmuls."""
+def decode_kernel(device, dtype) -> str:
+    """What attends to the cache: flash-attn if installed, else PyTorch's copy of it from where that
+    can read a part of each sequence (2.12), else two batched matmuls."""
     kernel = attention_kernel(device, dtype)
-    if kernel == "torch varlen":
-        can = {"seqused_k", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-        return kernel if can and head_dim % 8 == 0 else "matmul"  # it takes no other sizes
-    return kernel if kernel == "flash-attn" else "matmul"
+    if kernel == "sdpa" or kernel == "torch varlen" and torch.__version__ < (2, 12):
+        return "matmul"
+    return kernel
 
 
 def capture(step, pool):
@@ -518,7 +508,6 @@ def draw(logits, u, temperature=1.0, top_p=1.0):
     """(tokens, their log-probs), both (n,): one token per row of logits (n,V) by inverse CDF at
     u (n,) in [0, 1 - 2^-23]. The log-prob is that of the whole distribution at `temperature`,
     float32. temperature 0 is greedy, its log-prob that of temperature 1."""
-    assert temperature == 0 or temperature >= COLDEST, f"temperature {temperature}"
     whole = (logits / (temperature or 1)).softmax(-1)
     p = whole
     if top_p < 1:  # the smallest set of likeliest tokens that holds top_p; at least one
@@ -544,20 +533,18 @@ def uniforms(prompt, seed, sample, count):
 # ---- Plumbing -----------------------------------------------------------------------------------
 
 
-def check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer, slots):
+def check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer):
     """ValueError, one line that names the value, where generate() cannot do what it is asked."""
     def need(right, what):
         if not right:
             raise ValueError(f"generate: {what}")
-    for name, values in (("n", [n]), ("max_new_tokens", limits), ("slots", [slots])):
-        for value in values:
-            need(value is None or value >= 1, f"{name}={value} must be at least 1")
+    need(len(seeds) == len(limits) == len(prompts),
+         f"{len(seeds)} seeds and {len(limits)} values of max_new_tokens for {len(prompts)} "
+         "prompts; give one, or one per prompt")
+    need(min(n, *limits) >= 1, f"n={n} and max_new_tokens={min(limits)} must be at least 1")
     need(temperature == 0 or temperature >= COLDEST,
          f"temperature={temperature} must be 0 (greedy) or at least {COLDEST}")
     need(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
-    for name, values in (("seeds", seeds), ("values of max_new_tokens", limits)):
-        need(len(values) == len(prompts),
-             f"{len(values)} {name} for {len(prompts)} prompts; give one, or one per prompt")
     need(all(stop), "a stop string is empty; leave it out")
     need(tokenizer or not stop, "stop strings need tokenizer=")
     for i, prompt in enumerate(prompts):
@@ -604,32 +591,27 @@ def main():
     parser = argparse.ArgumentParser(description="One response to one prompt, printed.")
     parser.add_argument("model", help="checkpoint or run directory, or hub id")
     parser.add_argument("prompt", help="fed as it is: no chat template, no BOS")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--stop", nargs="*", default=(), help="texts that end the response")
-    parser.add_argument("--seed", type=int, default=0)
+    for name, usual in {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(usual), default=usual, help=f"{usual} if not given")
     how = vars(parser.parse_args())
     source, prompt = how.pop("model"), how.pop("prompt")
     sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     import data  # only here: the same tokens and ends of a response as train.py and eval.py
-    on_gpu = torch.cuda.is_available()
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
     try:
-        if len(prompt) > LONGEST_TEXT:
-            raise ValueError(f"a prompt of {len(prompt):,} characters; {LONGEST_TEXT:,} at most")
         prompt.encode()  # half a surrogate is a ValueError, tokenizers panic
-        model = Model.from_pretrained(source, torch.bfloat16 if on_gpu else torch.float32,
-                                      "cuda" if on_gpu else "cpu")
+        model = Model.from_pretrained(source, dtype, device)
         model.check_finite()
         tokenizer = data.load_tokenizer(model.source)
         ends = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         rollout = generate(model, [ids], eos_ids=ends, tokenizer=tokenizer, **how)[0]
         print(visible(tokenizer.decode(rollout.tokens[len(ids):])))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"rollout.py: {visible(str(error).splitlines()[0])}")
+        sys.exit(f"rollout.py: {data.first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -214,8 +215,6 @@ def test_draw_keeps_the_likeliest():
     assert seen(top_p=p[0] + p[2] - 1e-3) == {0, 2}
     assert seen(top_p=p[0] + p[2] + 1e-3) == {0, 1, 2}
     assert seen(temperature=rollout.COLDEST) == {0}
-    with pytest.raises(AssertionError, match="1e-40"):
-        seen(temperature=1e-40)
     shares = draw(z.expand(500, 4), u, top_p=0.8)[0].bincount() / 500
     assert abs(shares[0] - p[0] / (p[0] + p[2])) < 0.01  # the rest is scaled up
 
@@ -395,13 +394,12 @@ def test_interrupt_leaves_a_clean_state(monkeypatch):
     (dict(n=0), "n=0"),
     (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(max_new_tokens=[5, 5]), "2 values of max_new_tokens for 1 prompts"),
-    (dict(slots=0), "slots=0"),
     (dict(top_p=0.0), "top_p=0.0"),
     (dict(top_p=1.1), "top_p=1.1"),
     (dict(temperature=-1.0), "temperature=-1.0"),
     (dict(temperature=1e-30), "temperature=1e-30"),
     (dict(temperature=math.nan), "temperature=nan"),
-    (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
+    (dict(seed=[1, 2]), "2 seeds and 1 values of max_new_tokens for 1 prompts"),
     (dict(stop=("x",)), "tokenizer"),
     (dict(stop=("x", ""), tokenizer="some"), "a stop string is empty")])
 def test_bad_requests_name_the_value(call, named, monkeypatch):
@@ -427,7 +425,7 @@ def test_progress(on_terminal, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     generate(build(), [[5]], 2, 40, eos_ids=[], slots=1, progress=True)
     err = capsys.readouterr().err
-    assert err.lstrip("\r").startswith("rollout: 0 of 2 rows, 1 tok/s, at most 75 s left")
+    assert err.lstrip("\r").startswith("rollout: 0 of 2 rows, 5 tokens, at most 75 s left")
     assert "rollout: 1 of 2 rows" in err
     assert err.count("\r") == (2 * 76 if on_terminal else 0)
     assert err.count("\n") == (0 if on_terminal else 2)
@@ -463,7 +461,6 @@ def test_quick_look_prints_the_sample(checkpoint, monkeypatch, capfd):
     (("nowhere", "1"), "no such directory"),
     (("ckpt", "12=", "--temperature", -1), "temperature=-1"),
     (("ckpt", "12=", "--stop", ""), "a stop string is empty"),
-    (("ckpt", "1" * (10**6 + 1)), "a prompt of 1,000,001 characters; 1,000,000 at most"),
     (("ckpt", "half \ud83d"), "surrogates not allowed")])
 def test_quick_look_says_in_one_line_what_is_wrong(args, named, checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
@@ -657,17 +654,14 @@ def test_the_kernels_of_a_gpu_give_the_same(family, kernel, monkeypatch):
 
 
 def test_the_kernel_is_one_that_can(monkeypatch):
-    """PyTorch's kernel needs `seqused_k` (2.12) and head sizes in steps of 8; flash-attn first."""
-    def chosen(head_dim=64):
-        return rollout.decode_kernel("cuda", torch.bfloat16, head_dim)
-    assert rollout.decode_kernel(torch.device("cpu"), torch.float32, 64) == "matmul"
-    monkeypatch.setattr(rollout, "attention_kernel", lambda *_: "torch varlen")
-    monkeypatch.setattr(rollout, "varlen_attn", fake_varlen_attn)
-    assert chosen() == "torch varlen" and chosen(12) == "matmul"
-    monkeypatch.setattr(rollout, "varlen_attn", lambda query, key, value, seqused_k: None)
-    assert chosen() == "matmul"
-    monkeypatch.setattr(rollout, "attention_kernel", lambda *_: "flash-attn")
-    assert chosen() == "flash-attn"
+    """flash-attn first; PyTorch's kernel reads a part of each sequence from 2.12 on."""
+    def chosen(packed, version="2.13.0"):
+        monkeypatch.setattr(rollout, "attention_kernel", lambda *_: packed)
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        return rollout.decode_kernel("cuda", torch.bfloat16)
+    assert chosen("sdpa") == "matmul" and chosen("flash-attn", "2.9.0+cu128") == "flash-attn"
+    assert chosen("torch varlen") == chosen("torch varlen", "2.12.0+cu130") == "torch varlen"
+    assert chosen("torch varlen", "2.11.1") == "matmul"
 
 
 # ---- On a GPU ----
@@ -683,12 +677,11 @@ def test_gpu_graphs_draw_what_eager_steps_draw(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [12, 16])
-def test_gpu_decoding_kernel_against_float32(head_dim):
+def test_gpu_decoding_kernel_against_float32():
     """Whatever attends to the cache on this machine: recorded log-probs against the trainer's in
     float32 on the CPU."""
-    model = build(head_dim=head_dim)
-    on_gpu = build(head_dim=head_dim).to("cuda", torch.bfloat16)
+    model = build(head_dim=16)
+    on_gpu = build(head_dim=16).to("cuda", torch.bfloat16)
     assert gaps(model, generate(on_gpu, some_prompts(20), 4, 100, seed=3)).mean() < 0.05
 
 
