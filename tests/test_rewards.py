@@ -855,6 +855,21 @@ def test_status_tells_why(task, response, problem, status):
     assert grade(task, response, **problem) == (0, status)
 
 
+@pytest.mark.parametrize("said, expected", [
+    (0.25, (0.25, "ok")), (1.5, (1.0, "ok")), (-1, (0.0, "ok")), (KeyError("x"), (0.0, "unparsable"))])
+def test_scores_of_reasoning_gym_stay_within_0_and_1(said, expected, monkeypatch):
+    class Dataset:
+        def score_answer(self, answer, entry):
+            assert (answer, entry) == ("7", {"answer": "7"})
+            if isinstance(said, Exception):
+                raise said
+            return said
+    monkeypatch.setattr(rewards, "gym", lambda name, config: Dataset())
+    problem = {"name": "x", "config": {}, "entry": '{"answer": "7"}'}
+    assert grade("rg", "<answer>7</answer>", **problem) == expected
+    assert grade("rg", "7", **problem) == (0.0, "no_answer")
+
+
 def test_unknown_names_raise():
     """A typo in the task is the programmer's error, and must not look like a wrong response."""
     with pytest.raises(ValueError, match="countdown"):
