@@ -332,7 +332,8 @@ def parsed(value):
     if isinstance(value, str) and value.startswith(("[", "{")):
         for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                return read(value)
+                found = read(value)
+                return value if isinstance(found, set) else found  # {1, 2} is a text of math
     return value
 
 
@@ -363,6 +364,8 @@ def answer_of(row, task):
     read = parsed(answer)
     if read == [] or isinstance(read, dict) != (task == "kk"):
         raise ValueError(f"no answer: {task} cannot use {answer!s:.60}")
+    if task == "kk":
+        read = {str(name): str(role) for name, role in read.items()}
     if task in ("math", "chainsum"):
         read = result(answer)
     if task in ("exact_box", "exact_line"):
@@ -456,9 +459,8 @@ def dapo(row):
 def numina_lean_math(row):
     """Word and multiple-choice problems whose answer is a plain number, as WAPO's run kept them."""
     number = re.sub("[, ]", "", str(row["answer"]).strip())
-    if row["question_type"] not in ("math-word-problem", "MCQ") or not row["problem"]:
-        return None
-    if not re.fullmatch(r"[+-]?\d+([./]\d+)?", number):
+    kept = row["problem"] and row["question_type"] in ("math-word-problem", "MCQ")
+    if not kept or not re.fullmatch(r"[+-]?\d+([./]\d+)?", number):
         return None
     return {"prompt": row["problem"], "answer": row["answer"], "task": "exact_line"}
 
@@ -603,13 +605,12 @@ def hub_rows(name, split):
 
 def load_hub(name, split, seed):
     """All problems of a hub dataset, in an order that `seed` decides: subjects come mixed."""
-    adapter = ADAPTERS.get(name, dict)  # dict: the row is fine as it is
     rows = hub_rows(name, split)
     problems = []
     bad = []
     for i, row in enumerate(rows):
         try:
-            ours = adapter(row)
+            ours = ADAPTERS.get(name, dict)(row)  # dict: the row is fine as it is
             if ours:
                 problems.append(from_row(ours | {"id": f"{name}-{split}-{i}"}, ""))
         except (ValueError, TypeError, LookupError) as e:  # KeyError: no such column
@@ -842,7 +843,7 @@ def end_ids(tokenizer, model_eos_ids, vocab_size):
         after = chat([turns], tokenizer, ask=False)[0].partition("LAST WORDS")[2]
         closing = tokenizer(after, add_special_tokens=False).input_ids
         ids += [i for i in closing if is_special(i, tokenizer)][:1]
-    return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < vocab_size]
+    return [i for i in dict.fromkeys(ids) if i in range(vocab_size)]  # None is in no range
 
 
 def is_special(id, tokenizer):

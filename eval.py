@@ -128,7 +128,7 @@ def load_problems(args, run):
     config = data.parse_args(args.data_args, "--data_args")
     problems = {}
     for task in dict.fromkeys(asked):
-        name = Path(task).stem if Path(task).suffix in data.FILES else task.replace(":", "-")
+        name = Path(task.replace(":", "-")).stem  # of a file, or of rg:NAME
         if name in problems:
             raise ValueError(f"--tasks {task}: samples_{name}.jsonl is another task's")
         gym = task.startswith("rg:")

@@ -312,7 +312,7 @@ def test_rows_of_the_other_graders():
     tags = {"format": "answer"}
     assert data.from_row(row | tags, "").answer == puzzle | tags
     for task, answer, read in [("qa", "007", "007"), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
-                               ("qa", "[sic] so", "[sic] so"),
+                               ("qa", "[sic] so", "[sic] so"), ("qa", "{1, 2}", "{1, 2}"),
                                ("tableqa", 5, 5), ("tableqa", [1, "x"], [1, "x"]),
                                ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}), ("chainsum", 3, "3")]:
         row = {"prompt": "p", "answer": answer, "task": task, "id": 0, "group": "g"}
@@ -321,7 +321,7 @@ def test_rows_of_the_other_graders():
 
 @pytest.mark.parametrize("answer, task", [
     (" ", "math"), ([""], "math"), (" ", "qa"), (" ", "exact_box"), (" ", "tableqa"),
-    ({"Ann": "liar"}, "kk")])
+    ({"Ann": "liar"}, "kk"), ({"Ann": True}, "kk")])
 def test_graders_refuse_what_no_response_can_say(answer, task):
     problem = data.from_row({"prompt": "p", "answer": answer, "task": task}, "id")
     with pytest.raises(ValueError, match="the first is id: no response can equal its reference"):

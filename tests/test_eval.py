@@ -276,6 +276,13 @@ def test_a_run_of_a_stranger(run, refused, tmp_path, flags, says):
     assert says in refused("--max_new_tokens", 9, checkpoint=edited(run, tmp_path, **flags))
 
 
+def test_a_model_of_the_hub_has_nothing_to_do_with_the_directory_we_are_in(run, monkeypatch):
+    monkeypatch.chdir(run)
+    args = evaluation.parse(["owner/name"])
+    assert evaluation.origin(args) is evaluation.USUAL
+    assert args.template == "auto" and args.out == Path("runs/eval-owner--name")
+
+
 def test_a_checkpoint_inside_a_run_is_evaluated_like_the_run(run, call, tmp_path):
     call("--out", tmp_path / "a", "--limit", 5)
     call("--out", tmp_path / "b", "--limit", 5, checkpoint=run / "step-000003")
