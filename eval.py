@@ -367,7 +367,7 @@ def percent(value, error=None):
 # ---- Plumbing ------------------------------------------------------------------------------------
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     add = parser.add_argument
