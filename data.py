@@ -721,7 +721,8 @@ def encode(problems, template, tokenizer, longest, template_args={}, skip=False)
         if 1 <= len(ids) <= longest:
             questions.append(Question(p, text, ids))
         elif not skip:
-            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed: 1 to {longest}")
+            raise ValueError(f"the prompt of {p.id} has {len(ids)} tokens, allowed: 1 to {longest} "
+                             "(more where --max_new_tokens is less)")
     left_out = len(problems) - len(questions)
     if left_out:
         print(f"{left_out} of {len(problems)} prompts have more than {longest} tokens and are left "

@@ -67,7 +67,7 @@ class Tool:
     def work(self, calls, replies):
         with suppress(Exception):  # whatever a stranger's code or server does; it is counted
             found = map(self.defused, self.answer(calls))
-            replies |= dict(zip(calls, found, strict=True))
+            replies.update(dict(zip(calls, found, strict=True)))  # all of them or none
 
     def defused(self, reply):
         """A reply that cannot be taken for anything but text."""
