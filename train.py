@@ -135,7 +135,7 @@ class Flags:
     turns: int = flag(10, "most turns of a policy with a tool; a reply stands between two")
     turn_tokens: int = flag(0, "longest turn (0: what is left of the response, replies included)")
 
-    steps: int = flag(100, "rollouts, each followed by --updates gradient steps", most=999_999)
+    steps: int = flag(60, "rollouts, each followed by --updates gradient steps", most=999_999)
     prompts: int = flag(32, "questions per step", most=2**20)
     samples: int = flag(16, "responses per question: the group", most=2**20)
     updates: int = flag(4, "gradient steps per rollout, each on a mini-batch of its own")
@@ -187,9 +187,9 @@ class Flags:
 
     width: int = flag(64, "hidden size of the new small model", most=2**14)
     layers: int = flag(2, "layers of the new small model", most=2**10)
-    skill_steps: int = flag(500, "warm start: steps on demonstrations that work things out "
+    skill_steps: int = flag(300, "warm start: steps on demonstrations that work things out "
                             "(0: no warm start at all)", least=0, most=10**5)
-    habit_steps: int = flag(100, "warm start: steps on demonstrations that guess", least=0,
+    habit_steps: int = flag(60, "warm start: steps on demonstrations that guess", least=0,
                             most=10**5)
 
     seed: int = flag(0, "of data order, sampling and the new model", most=2**20)
@@ -1377,13 +1377,20 @@ def check(flags) -> None:
     data.check(flags.template, ("auto", *data.TEMPLATES), "template")
     one, logp = torch.ones(1, 1), torch.zeros(1, 1, requires_grad=True)
     losses.advantages(one[0], 1, flags.advantage or "grpo", one[0])
-    try:  # losses.py itself says what it cannot use
+    with usable("--loss_args", flags.loss_args, flags.loss):
         losses.policy_loss(flags.loss, logp, -one, one[0], one, agg=flags.agg or None, entropy=one,
                            sum_p2=one, pass_rate=one[0], max_len=1, **flags.hyperparameters())
-    except (TypeError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"--loss_args {' '.join(flags.loss_args)}: {flags.loss} cannot use that "
-                         f"({str(e).splitlines()[0]})") from None
     check_correction(flags)
+
+
+@contextmanager
+def usable(flag, typed, name):
+    """losses.py itself says what it cannot use: a trial decides."""
+    try:
+        yield
+    except (TypeError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f"{flag} {' '.join(typed)}: {name} cannot use that "
+                         f"({data.first_line(e)})") from None
 
 
 def check_correction(flags) -> None:
@@ -1396,12 +1403,9 @@ def check_correction(flags) -> None:
         raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: of which "
                          "--correction?")
     one = torch.ones(1, 1)
-    try:
+    with usable("--correction_args", flags.correction_args, flags.correction):
         losses.policy_loss("gpg", -one, -one, one[0], one, sampler_logp=-one,
                            correction=flags.correction or None, correction_args=flags.bounds())
-    except (TypeError, RuntimeError) as e:
-        raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: {flags.correction} "
-                         f"cannot use that ({str(e).splitlines()[0]})") from None
     if flags.correction not in ("", "opsm") and flags.old_logp == "sampler":
         raise ValueError(f"--correction {flags.correction}: the ratio is to the sampler already, "
                          "and nothing is left to correct; add --old_logp trainer")

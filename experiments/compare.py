@@ -44,6 +44,7 @@ CURVES = ("reward", "entropy", "clip_low", "clip_high")
 
 TASKS = {"chainsum": "--prompts 32 --samples 8 --steps 24",
          "countdown": "--prompts 32 --samples 8 --steps 40 --skill_steps 3000 --habit_steps 0"}
+WARM_START = "--skill_steps 500 --habit_steps 100"  # where the task names no other
 ONE_START = {"countdown": 100}  # all start from this seed's warm start: it costs ten times a run
 TABLE = ("grpo", "dapo", "cispo", "gspo", "acpo", "kl3", "etr", "wapo", "sapo", "gppo")
 GSPO_WIDE = "gspo eps_low=0.03 eps_high=0.04"  # its own band is for thousands of tokens
@@ -171,7 +172,8 @@ def one_run(run, commit) -> dict:
     began = time.process_time()
     name, *hyper = run["loss"].split()
     argv = ["--loss", name, "--loss_args", *hyper, "--data", run["task"], "--lr", str(run["lr"]),
-            "--updates", str(run["updates"]), "--seed", str(run["seed"]), "--eval_every", "100000"]
+            "--updates", str(run["updates"]), "--seed", str(run["seed"]), "--eval_every", "100000",
+            *WARM_START.split()]
     look = {"ladder": Ladder, "cells": Cells}.get(run["measure"], Blind)()
     failed = None
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/hops.json"
-FLAGS = "--data hops --steps 40 --eval_every 5"
+FLAGS = "--data hops --skill_steps 500 --habit_steps 100 --steps 40 --eval_every 5"
 RUNS = {  # name: (its flags, color, seeds)
     "search": ("", "#1f5a99", 10),
     "no tool": ("--tool none", "#777777", 4),

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from experiments.compare import drawn_by_nobody, load, pick, rounded  # noqa: E402
+from experiments.compare import (  # noqa: E402
+    WARM_START, drawn_by_nobody, load, pick, rounded)
 from experiments.plot import delta_pm, interval, mean_pm, paired, plt  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/mismatch.jsonl"
@@ -85,7 +86,7 @@ def in_bits(model, bits):
 
 def one_run(gap, correction, seed) -> dict:
     began, sampler = time.process_time(), Sampler(gap)
-    argv = [*FLAGS.split(), "--seed", str(seed)]
+    argv = [*FLAGS.split(), *WARM_START.split(), "--seed", str(seed)]
     argv += ["--rollout_dtype", "bfloat16"] if gap == "bfloat16" else []
     argv += ["--old_logp", "sampler" if correction == "two" else "trainer"]
     argv += [] if correction in ("none", "two") else ["--correction", correction]
