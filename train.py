@@ -640,7 +640,7 @@ class Log:
         self.flags, self.out, self.history = flags, out, history
         self.drawn = time.time()  # not in the first minute: it costs a second
         self.lines, self.tracker = SimpleQueue(), None  # what --track has not seen yet; its thread
-        self.file = open(out / "metrics.jsonl" if MAIN else os.devnull, "a")
+        self.path = out / "metrics.jsonl"
         self.quiet = not sys.stderr.isatty()  # into a file: a line a step instead of a bar
         self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
                         disable=self.quiet or not MAIN)
@@ -648,14 +648,9 @@ class Log:
     def write(self, metrics) -> None:
         metrics = {k: v if is_finite(v) else None for k, v in metrics.items()}  # JSON has no NaN
         self.history.append(metrics)
-        with naming(self.file.name):
-            try:
-                self.file.write(json.dumps(metrics) + "\n")
-                self.file.flush()
-            except OSError:
-                with suppress(OSError):
-                    self.file.close()  # else Python tries once more when it ends, and complains
-                raise
+        if MAIN:
+            with naming(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
         shown = metrics | {"eval": (self.evals() or [None])[-1]}
         text = " ".join(f"{k} {shown[k]:.3g}" for k in SHOWN if shown[k] is not None)
         self.bar.set_postfix_str(text, refresh=False)
@@ -689,7 +684,6 @@ class Log:
     def close(self):
         self.draw()
         self.bar.close()
-        self.file.close()
         if self.tracker:
             self.lines.put(None)
             self.tracker.join(TRACKER_PATIENCE)
@@ -792,7 +786,7 @@ def write_checkpoint(run, name) -> None:
         (aside / "resume").mkdir()
     write_tensors(aside / "resume", trained_state(run), torch.float32, write=MAIN)
     if MAIN:
-        os.fsync(run.log.file.fileno())  # no checkpoint without the metrics of its steps
+        flush(run.log.path)  # no checkpoint without the metrics of its steps
         state = {"step": run.step, "position": run.position}
         write_text(aside / "resume/state.json", json.dumps(state))
         write_text(aside / "resume/checksums.json", json.dumps(checksums(aside), indent=1))
@@ -1471,8 +1465,7 @@ def fail(why, flags=None) -> str:
         why += f"; what was saved is whole: go on with --resume --out {flags.out}"
     elif LOCKS and not flags.resume:
         with suppress(OSError):
-            if not (Path(flags.out) / "metrics.jsonl").stat().st_size:
-                (Path(flags.out) / "metrics.jsonl").unlink()
+            if not (Path(flags.out) / "metrics.jsonl").exists():
                 (Path(flags.out) / "config.json").unlink()
         with suppress(OSError):
             (Path(flags.out) / ".lock").unlink()

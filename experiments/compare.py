@@ -190,7 +190,6 @@ def one_run(run, commit) -> dict:
                 train.train(trained)
             except ValueError as e:  # the loss was not finite in three steps running
                 failed = str(e)
-        trained.log.file.close()
         while train.LOCKS:
             train.LOCKS.pop().close()
     history = trained.log.history

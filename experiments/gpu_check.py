@@ -211,7 +211,6 @@ def train_loop(args) -> dict:
         run.questions = [q._replace(ids=random_prompt(i, raw["vocab_size"]))
                          for i, q in enumerate(run.questions)]
         train.train(run)
-        run.log.file.close()
     last = run.log.history[-1]
     tokens, seconds, peaks = zip(*seen[-flags.updates:])
     rate = sum(tokens) / sum(seconds) / train.WORLD
