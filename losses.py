@@ -396,9 +396,9 @@ def ar_lopti(b, alpha=0.3, eta=0.5, part=None, eps_low=0.2, eps_high=0.24, dual_
 @objective("token-mean")
 def fipo(b, eps_low=0.2, eps_high=0.28, half_life=32.0, most=1.2, safe=4.0):
     """FIPO (2603.19835): DAPO, a token weighted by how the rest of its response has moved."""
-    # Log ratios of each token and the n - 1 after it, added up; half_life tokens away by half.
+    # Each token's log ratio + those of the next n - 1, of which half is left per half_life tokens.
     future, n = b.log_ratio.detach().clone(), 1  # (B,T)
-    while n < future.shape[1]:  # the sum over 2 n tokens is that over n, twice
+    while n < future.shape[1]:  # n doubles: its own sum + that of the token n further on
         future[:, :-n] += 2 ** (-n / half_life) * future[:, n:]
         n = 2 * n
     w = future.exp().clamp(1, most)

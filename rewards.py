@@ -369,8 +369,6 @@ def brackets(text):
     parts = split(text[1:-1], "[,;]")
     if len(parts) > 1:
         return "<≤"[text[0] == "["] + "<≤"[text[-1] == "]"], parts
-    if text[0] == "[" and parts[0][:1] not in "([":
-        return "", [text]
     return brackets(parts[0])
 
 def same_item(gold, pred, algebra):

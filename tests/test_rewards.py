@@ -116,6 +116,7 @@ MATH = [
     ("(1,3)",
      [r"\left( 1, 3\right)", r"\langle1,3\rangle", "(1.0,3)"],
      [r"\{1,3\}", "(3,1)", "[1,3]", "(1,3,5)"]),
+    ("[5]", ["5", "[5]"], ["[6]", "[5,5]"]),
     ("[0,1)", [r"\left[0,1\right)", r"0\le x<1"], ["[0,1]", "(0,1)", r"\{0,1\}"]),
     (r"(2,\infty)", ["x>2", "2<x", r"x \in (2,+\infty)"], ["x<2", r"x\ge 2", r"[2,\infty)"]),
     ("1,2", ["2,1", "1, 2", r"x=1 \text{ or } x=2", r"1,\ 2"], ["1", "2", "1,3", "1,2,3"]),
@@ -471,6 +472,15 @@ CHAINSUM = [  # response, answer, score
     ("#٧$", "7", 0),
 ]
 
+ADD = [  # response, answer, score or status
+    (r"\boxed{142}", "142", 1),
+    (r"\boxed{1}, no, \boxed{ +142 }", 142, 1),
+    (r"\boxed{-142}", "142", 0),
+    (r"\boxed{142.0}", "142", "unparsable"),
+    (r"\boxed{}", "142", "unparsable"),
+    ("142", "142", "no_answer"),
+]
+
 BOXES = [  # response, answer, score: where the answer is, and what a reference may be
     (r"<think>\boxed{42}</think> done", "42", 1),
     (r"\boxed{41} no, \boxed{42}", "42", 1),
@@ -721,6 +731,12 @@ def test_chainsum(response, answer, expected):
     assert score("chainsum", response, answer=answer) == expected
 
 
+@pytest.mark.parametrize("response, answer, expected", ADD)
+def test_add(response, answer, expected):
+    value, status = grade("add", response, answer=answer)
+    assert (value if status == "ok" else status) == expected
+
+
 @pytest.mark.parametrize("response, answer, expected", BOXES)
 def test_where_the_answer_is(response, answer, expected):
     assert score("math", response, answer=answer) == expected
@@ -905,6 +921,10 @@ def test_good_references_pass(task, problem):
     ("kk", {"answer": {}}, "equal")])
 def test_references_that_no_response_equals_are_named(task, problem, reason):
     assert reason in check_gold(task, problem)
+
+
+def test_an_unknown_grader_is_named_with_the_known_ones():
+    assert "countdown" in check_gold("countdwn", {"answer": "1"})
 
 
 def test_plain_references_need_no_process(monkeypatch):
