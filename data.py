@@ -783,6 +783,7 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""",
                       lambda call: repr(clock.strftime(call[2])), tokenizer.get_chat_template())
     texts = []
+    errors = []
 
     def work():
         try:
@@ -791,17 +792,16 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
                     turns, chat_template=template, tokenize=False, add_generation_prompt=ask,
                     **variables)
                 texts.append(sound(text))
-        except Exception as e:  # told below, by the thread that waits
-            texts.append(e)
+        except Exception as e:  # raised below, by the thread that waits
+            errors.append(f"{type(e).__name__}: {first_line(e)}")
 
     thread = threading.Thread(target=work, daemon=True)  # so that one can stop waiting for it
     thread.start()
     thread.join(CHAT_SECONDS + len(conversations) / 100)
     if thread.is_alive():
         raise ValueError(f"the chat template takes longer than {CHAT_SECONDS} s")
-    if isinstance(texts[-1], Exception):
-        why = f"{type(texts[-1]).__name__}: {first_line(texts[-1])}"
-        raise ValueError(f"the chat template cannot show a question ({why}); see --template")
+    if errors:
+        raise ValueError(f"the chat template cannot show a question ({errors[0]}); see --template")
     return texts
 
 
