@@ -451,9 +451,9 @@ def repeating(found):
     """0.1(6), 0.1\\overline{6} or 0.1666\\ldots as a fraction."""
     whole, *blocks = found.groups("")
     block = re.sub("[^0-9]", "", "".join(blocks))
-    digits, decimals = whole.replace(".", ""), len(whole.partition(".")[2])
-    above = int(digits + block) - int(digits or 0)
-    return r"\frac{%d}{%d}" % (above, (10 ** len(block) - 1) * 10 ** decimals)
+    nines = (10 ** len(block) - 1) * 10 ** len(whole.partition(".")[2])
+    value = Fraction("0" + whole) + Fraction(int(block), nines)
+    return r"\frac{%d}{%d}" % value.as_integer_ratio()
 
 def rows(found):
     """A matrix as a tuple of tuples, a vector as a tuple; cases, lines of equations as a list."""
