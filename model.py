@@ -433,8 +433,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config, config.rotary(i)) for i in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config, config.rotary(i))
+                                    for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -444,9 +444,9 @@ class Model(nn.Module):
         self.gathered = False
         # keep each block's input alone for backward: a third more compute, far less memory
         self.recompute = False
-        self.source: Path | None = None  # the directory it came from
-        self.lora: dict = {}  # what add_lora() did, as an adapter_config.json says it
-        self.files: dict[str, bytes] = {}  # its tokenizer, saved along
+        self.source = None  # the directory (Path) that it came from
+        self.lora = {}  # what add_lora() did, as an adapter_config.json says it
+        self.files = {}  # name -> bytes: its tokenizer, saved along
         self.eos_ids = end_ids(config.raw.get("eos_token_id"), config)
 
     @property
@@ -494,6 +494,11 @@ class Model(nn.Module):
         at = (targets >= 0).nonzero()[:, 0]
         return TokenLogp.apply(hidden[at], self.head_weight, targets[at], temperature)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Its own, without adapters, by their names in Hugging Face's files."""
+        return {name if name.startswith("lm_head") else f"model.{name}": p
+                for name, p in self.named_parameters() if ".lora_" not in name}
+
     def linears(self) -> dict[str, Linear]:
         """The blocks' matrices, by name."""
         return {f"layers.{name}": layer for name, layer in self.layers.named_modules()
@@ -505,8 +510,8 @@ class Model(nn.Module):
         self.requires_grad_(False)
         for layer in self.linears().values():
             like = {"dtype": torch.float32, "device": layer.weight.device}
-            layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **like))
-            layer.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **like))
+            layer.lora_A = nn.Parameter(torch.zeros(rank, layer.in_features, **like))
+            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, **like))
             layer.scale = alpha / rank
         kinds = sorted({name.split(".")[-1] for name in self.linears()})
         self.lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
@@ -566,7 +571,7 @@ class Model(nn.Module):
                 raw["tie_word_embeddings"] = False
             with torch.device("meta"):
                 model = Model(Config.from_dict(raw))
-        check_fit(source, found, dict(model.named_parameters()))
+        check_fit(source, found, model.weights())
         model.source = source
         model.files = small_files(source)  # read now: the directory may be gone at the next save
         if "generation_config.json" in model.files:  # chat models name several ends there
@@ -578,8 +583,7 @@ class Model(nn.Module):
         """Stream the safetensors of `source` in, cast to each parameter's dtype; a rank of a
         sharded model keeps its own slice only. LoRA begins as PEFT's does, from the seed: A uniform
         within 1 / sqrt(in), B zero, so that nothing has changed yet."""
-        weights = {name: p for name, p in self.named_parameters() if ".lora_" not in name}
-        read_tensors(weight_files(self.source), weights)
+        read_tensors(weight_files(self.source), self.weights())
         g = torch.Generator().manual_seed(seed)
         for name, p in self.adapters().items():
             bound = p.shape[1]**-0.5 if "lora_A" in name else 0.0
@@ -595,14 +599,10 @@ class Model(nn.Module):
         aside = directory.with_name(f".{directory.name}.{os.getpid()}")
         if write:
             shutil.rmtree(aside, ignore_errors=True)
-        tensors = {}
-        for name, p in self.named_parameters():
-            if ".lora_" not in name:
-                tensors[name if name.startswith("lm_head") else f"model.{name}"] = p
         dtype = dtype or self.head_weight.dtype
         adapted = {f"model.{name}.weight": layer for name, layer in self.linears().items()
                    if layer.scale}
-        write_tensors(aside, tensors, dtype, write, adapted)
+        write_tensors(aside, self.weights(), dtype, write, adapted)
         adapter = {name: whole(p).cpu() for name, p in self.adapters().items()}
         if not write:
             return
@@ -829,37 +829,35 @@ def weight_files(source) -> list[Path]:
 
 
 def scan(files) -> dict[str, tuple]:
-    """{name: (file, key in it, shape)} of all tensors, from the headers."""
+    """{name: (file, shape)} of all tensors, from the headers."""
     found = {}
     for file in files:
         with naming(file), safe_open(file, framework="pt") as f:
-            for key in f.keys():
-                found[key.removeprefix("model.")] = file, key, f.get_slice(key).get_shape()
+            found |= {name: (file, f.get_slice(name).get_shape()) for name in f.keys()}
     return found
 
 
-def read_tensor(file, key, _) -> Tensor:
+def read_tensor(found, name) -> Tensor:
+    file, _ = found[name]
     with naming(file), safe_open(file, framework="pt") as f:
-        return f.get_tensor(key)
+        return f.get_tensor(name)
 
 
 def has_other_head(found) -> bool:
     """Whether there is an lm_head.weight that is no copy of the embedding."""
-    if "lm_head.weight" not in found:
-        return False
-    head, embedding = [read_tensor(*found[f"{name}.weight"]) for name in ("lm_head", "embed_tokens")]
-    return not torch.equal(head, embedding)
+    return "lm_head.weight" in found and not torch.equal(
+        read_tensor(found, "lm_head.weight"), read_tensor(found, "model.embed_tokens.weight"))
 
 
 def check_fit(source, found, wanted: dict[str, Tensor]) -> None:
     """ValueError if a tensor is missing, unexpected or of another shape."""
     problems = [f"{name} missing" for name in wanted if name not in found]
-    for name, (file, key, shape) in found.items():
+    for name, (file, shape) in found.items():
         if name not in wanted:  # copies may be there:
             if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
-                problems.append(f"{key!r:.100} in {file.name} unexpected")
+                problems.append(f"{name!r:.100} in {file.name} unexpected")
         elif shape != list(wanted[name].shape):
-            problems.append(f"{key} in {file.name} is {shape}, not {list(wanted[name].shape)}")
+            problems.append(f"{name} in {file.name} is {shape}, not {list(wanted[name].shape)}")
     if problems:
         raise ValueError(f"{source}: weights do not fit config.json, {len(problems)} in all: "
                          f"{'; '.join(problems[:8])}")
@@ -872,7 +870,7 @@ def read_tensors(files, wanted: dict[str, Tensor]) -> None:
     found = scan(files)
     check_fit(files[0].parent if files else "no safetensors", found, wanted)
     for name, local in wanted.items():
-        copy_into(local, read_tensor(*found[name]))
+        copy_into(local, read_tensor(found, name))
 
 
 @torch.no_grad()
@@ -905,12 +903,9 @@ def merge_adapter(source, dtype, device) -> Model:
                 raise ValueError(f"{key} = {raw.get(key)!r:.60} is not supported (plain LoRA is)")
         model = Model.from_pretrained(raw["base_model_name_or_path"], dtype, device)
         model.add_lora(raw["r"], raw["lora_alpha"], source)
-    tensors = model.adapters()
-    for p in tensors.values():
-        p.zero_()  # some matrices may have none
     file = source / "adapter_model.safetensors"
-    there = scan([file])
-    read_tensors([file], {name: p for name, p in tensors.items() if name in there})
+    there = scan([file])  # some matrices may have no adapter: theirs stays 0
+    read_tensors([file], {name: p for name, p in model.adapters().items() if name in there})
     for layer in model.linears().values():
         layer.weight.copy_(layer.merged())
         layer.scale = 0.0

@@ -495,7 +495,7 @@ def capture(step, pool):
     """A CUDA graph of step(): recorded, not run."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    # thread_local: a checkpoint may be copying in another thread
+    # thread_local: other threads, as NCCL's watchdog, may call CUDA meanwhile
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph
@@ -508,6 +508,7 @@ def draw(logits, u, temperature=1.0, top_p=1.0):
     """(tokens, their log-probs), both (n,): one token per row of logits (n,V) by inverse CDF at
     u (n,) in [0, 1 - 2^-23]. The log-prob is that of the whole distribution at `temperature`,
     float32. temperature 0 is greedy, its log-prob that of temperature 1."""
+    assert temperature == 0 or temperature >= COLDEST, f"temperature {temperature}"
     whole = (logits / (temperature or 1)).softmax(-1)
     p = whole
     if top_p < 1:  # the smallest set of likeliest tokens that holds top_p; at least one

@@ -215,6 +215,8 @@ def test_draw_keeps_the_likeliest():
     assert seen(top_p=p[0] + p[2] - 1e-3) == {0, 2}
     assert seen(top_p=p[0] + p[2] + 1e-3) == {0, 1, 2}
     assert seen(temperature=rollout.COLDEST) == {0}
+    with pytest.raises(AssertionError, match="1e-40"):
+        seen(temperature=1e-40)
     shares = draw(z.expand(500, 4), u, top_p=0.8)[0].bincount() / 500
     assert abs(shares[0] - p[0] / (p[0] + p[2])) < 0.01  # the rest is scaled up
 
