@@ -77,11 +77,11 @@ class Config:
     def from_dict(raw: dict) -> "Config":
         """ValueError names what this forward pass would compute wrongly; where a number is missing
         or no number, any error."""
-        kind = raw.get("model_type")
-        heads = raw["num_attention_heads"]
         context = raw.get("max_position_embeddings") or 2048
-        bias = bool(raw.get("attention_bias"))
         refuse_unknown(raw, context)
+        kind = raw["model_type"]
+        heads = raw["num_attention_heads"]
+        bias = bool(raw.get("attention_bias"))
         return Config(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
@@ -107,13 +107,13 @@ class Config:
         return bool(listed[layer] if listed else (layer + 1) % 4)
 
 
-def refuse_unknown(raw, context) -> None:
+def refuse_unknown(raw, context):
     """ValueError for what this file has no code for and what the weights' names do not show."""
     kind = raw.get("model_type")
     slides = kind == "mistral" or raw.get("use_sliding_window")  # Qwen's have a switch
     known = {
         "model_type": kind in KINDS,
-        "num_hidden_layers": raw["num_hidden_layers"] <= 2**10,  # a million take minutes to build
+        "num_hidden_layers": raw.get("num_hidden_layers", 0) <= 2**10,  # a million take minutes
         "hidden_act": raw.get("hidden_act", "silu") == "silu",
         "quantization_config": not raw.get("quantization_config"),
         "layer_types": "sliding" not in str(raw.get("layer_types")),
@@ -238,9 +238,9 @@ def varlen(kernel, q, k, v, borders, longest):
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
     """What packed attention runs on: flash-attn if installed, PyTorch's varlen on CUDA, or SDPA."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if flash_attn_varlen_func is not None:
+        if flash_attn_varlen_func:
             return "flash-attn"
-        if varlen_attn is not None:
+        if varlen_attn:
             return "torch varlen"
     return "sdpa"
 
@@ -504,7 +504,7 @@ class Model(nn.Module):
         return {f"layers.{name}": layer for name, layer in self.layers.named_modules()
                 if isinstance(layer, Linear)}
 
-    def add_lora(self, rank, alpha, base) -> None:
+    def add_lora(self, rank, alpha, base):
         """LoRA (2106.09685): freeze all weights, which `base` (path or hub id) has, and make room
         for float32 adapters beside the matrices of the blocks."""
         self.requires_grad_(False)
@@ -522,7 +522,7 @@ class Model(nn.Module):
         return {f"{PEFT_PREFIX}{name}.weight": p
                 for name, p in self.named_parameters() if ".lora_" in name}
 
-    def use_lora(self, on) -> None:
+    def use_lora(self, on):
         """Off: the model as it was before, the reference of a KL penalty."""
         for layer in self.linears().values():
             layer.adapted = on
@@ -590,7 +590,7 @@ class Model(nn.Module):
             copy_into(p, torch.empty(p.shape).uniform_(-bound, bound, generator=g))
         return self
 
-    def save_pretrained(self, directory, dtype=None, write=True) -> None:
+    def save_pretrained(self, directory, dtype=None, write=True):
         """Write a checkpoint that transformers and vLLM load: config.json, safetensors, tokenizer.
         Written aside and renamed: `directory` is whole or absent, also if killed. Sharded models:
         every rank must call it (each tensor is gathered in turn), one with write=True. LoRA is
@@ -628,7 +628,7 @@ class Progress:
         self.began = time.monotonic()
         self.next = self.began + 5 if os.environ.get("RANK", "0") == "0" else math.inf
 
-    def show(self, share, text, left="about") -> None:
+    def show(self, share, text, left="about"):
         """`text` and, judged by the share of the work that is done, the seconds left."""
         now = time.monotonic()
         if now < self.next:
@@ -647,7 +647,7 @@ class Progress:
 SHARD_BYTES = 5 * 10**9  # of a safetensors file
 
 
-def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, adapted={}) -> None:
+def write_tensors(directory, tensors: dict[str, Tensor], dtype, write=True, adapted={}):
     """`tensors` as safetensors in the Path `directory`, in files of 5 GB with an index where one is
     not enough. Sharded ones are gathered one by one: all ranks must call it, one with write=True.
     adapted: for some names, the Linear whose merged() takes the tensor's place."""
@@ -676,7 +676,7 @@ def whole(t: Tensor) -> Tensor:
     return t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
 
 
-def replace_directory(aside: Path, directory: Path) -> None:
+def replace_directory(aside: Path, directory: Path):
     """Rename `aside` to `directory`, on the disk before it is seen: whole or absent, also after a
     power cut. One that is there already goes only when the new one stands ready."""
     for path in [*aside.rglob("*"), aside]:
@@ -689,7 +689,7 @@ def replace_directory(aside: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path, text) -> None:
+def write_text(path, text):
     """A small file, whole or as it was, also after a power cut."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)  # a link planted there would lead to another file
@@ -699,7 +699,7 @@ def write_text(path, text) -> None:
     flush(path.parent)
 
 
-def flush(path) -> None:
+def flush(path):
     """fsync of a file, or of the list of names that a directory is."""
     if os.name == "nt":  # does not do it with files opened for reading
         return
@@ -849,7 +849,7 @@ def has_other_head(found) -> bool:
         read_tensor(found, "lm_head.weight"), read_tensor(found, "model.embed_tokens.weight"))
 
 
-def check_fit(source, found, wanted: dict[str, Tensor]) -> None:
+def check_fit(source, found, wanted: dict[str, Tensor]):
     """ValueError if a tensor is missing, unexpected or of another shape."""
     problems = [f"{name} missing" for name in wanted if name not in found]
     for name, (file, shape) in found.items():
@@ -864,7 +864,7 @@ def check_fit(source, found, wanted: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def read_tensors(files, wanted: dict[str, Tensor]) -> None:
+def read_tensors(files, wanted: dict[str, Tensor]):
     """Stream safetensors into the tensors `wanted`, one at a time; a sharded one (DTensor) takes
     this rank's slice. ValueError names file and tensor."""
     found = scan(files)
@@ -874,7 +874,7 @@ def read_tensors(files, wanted: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def copy_into(local, t) -> None:
+def copy_into(local, t):
     """Tensor t into a parameter; where that is sharded (DTensor), this rank's slice."""
     if hasattr(local, "placements"):
         from torch.distributed.tensor import distribute_tensor

@@ -593,18 +593,18 @@ def main():
     parser.add_argument("model", help="checkpoint or run directory, or hub id")
     parser.add_argument("prompt", help="fed as it is: no chat template, no BOS")
     parser.add_argument("--stop", nargs="*", default=(), help="texts that end the response")
-    for name, usual in {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=type(usual), default=usual, help=f"{usual} if not given")
+    numbers = {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    for name, usual in numbers.items():
+        parser.add_argument(f"--{name}", type=type(usual), default=usual)
     how = vars(parser.parse_args())
     source, prompt = how.pop("model"), how.pop("prompt")
     sys.stdout.reconfigure(errors="backslashreplace")  # terminals that are not UTF-8
     import data  # only here: the same tokens and ends of a response as train.py and eval.py
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        device, dtype = "cuda", torch.bfloat16
+    on_gpu = torch.cuda.is_available()
     try:
         prompt.encode()  # half a surrogate is a ValueError, tokenizers panic
-        model = Model.from_pretrained(source, dtype, device)
+        model = Model.from_pretrained(source, torch.bfloat16 if on_gpu else torch.float32,
+                                      "cuda" if on_gpu else "cpu")
         model.check_finite()
         tokenizer = data.load_tokenizer(model.source)
         ends = data.end_ids(tokenizer, model.eos_ids, model.config.vocab_size)

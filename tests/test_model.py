@@ -924,6 +924,12 @@ def test_a_config_that_would_be_computed_wrongly_is_one_line(key, value, named, 
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
 
 
+def test_a_model_of_another_family_is_named():
+    """Its config.json has other keys, too."""
+    with pytest.raises(ValueError, match="model_type = 'gpt2' is not supported"):
+        Config.from_dict({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12})
+
+
 def test_what_smollm3_leaves_out_of_its_config():
     config = Config.from_dict({**QWEN, "model_type": "smollm3", "num_hidden_layers": 5,
                                "rope_theta": None, "tie_word_embeddings": None})
