@@ -753,8 +753,8 @@ def find_checkpoint(path_or_hub_id) -> Path:
     if latest.is_file():  # a run directory of train.py
         found = path / latest.read_text(errors="replace").strip()
         if found.resolve().parent != path.resolve() or not found.is_dir():
-            raise FileNotFoundError(f"{latest} names {found.name!r:.60}: no such directory in this "
-                                    "one; give another checkpoint of that run")
+            raise FileNotFoundError(f"{found}: no such directory of that run, but {latest} names "
+                                    "it; give another checkpoint")
         return found
     if path.is_dir():
         return path

@@ -599,7 +599,7 @@ def test_no_checkpoint_at_all(refused, run, tmp_path):
     (empty / "latest").write_text("step-000009")  # deleted by the run, meanwhile
     assert "step-000009: no such directory" in refused(checkpoint=empty)
     (empty / "config.json").write_text("{")
-    assert "not JSON" in refused(checkpoint=empty)
+    assert "config.json: JSONDecodeError" in refused(checkpoint=empty)
 
 
 @pytest.mark.parametrize("lost, says", [
