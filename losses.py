@@ -107,7 +107,7 @@ def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_
 
 class Batch:
     """What an objective sees: (B,T), outside the mask 0 (ratio, p, p_old: 1); None if not given.
-    Gradient have logp, log_ratio, ratio. It may change A, ratio, `chosen`, and add to `metrics`."""
+    logp, log_ratio and ratio have a gradient. It may set A, ratio, `chosen`, add to `metrics`."""
     def __init__(self, logp, old_logp, adv, mask, **optional):
         self.keep = mask.bool()
         self.mask = self.keep.to(torch.promote_types(logp.dtype, torch.float32))
@@ -165,7 +165,7 @@ def clip(b, low, high, dual_clip=None):
 @objective("seq-mean-token-mean")
 def grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None, delta=math.inf):
     """GRPO (2402.03300): PPO's clip, the group as baseline; every response counts the same."""
-    b.ratio = b.ratio.clamp(max=delta)  # 2505.07291
+    b.ratio = b.ratio.clamp(max=delta)  # a cap for winners and losers (2505.07291)
     return clip(b, 1 - eps_low, 1 + eps_high, dual_clip)
 @objective("seq-mean-token-sum-norm", advantage="mean")
 def dr_grpo(b, eps_low=0.2, eps_high=0.2, dual_clip=None):
@@ -180,7 +180,7 @@ def kl3(b, delta=0.1, dual_clip=None):
     """KL3 / ATR-GRPO (2602.05494): the band where ratio - 1 - log ratio, a KL, is below delta."""
     return clip(b, *kl3_bounds(delta), dual_clip)
 def kl3_bounds(delta):  # both roots of ratio - 1 - log ratio = delta, by Newton in log ratio
-    roots = [-1 - delta, 1 + math.sqrt(2 * delta)]  # further out than the roots
+    roots = [-1 - delta, 1 + math.sqrt(2 * delta)]  # both start too far out
     for _ in range(60):
         roots = [x - (math.expm1(x) - x - delta) / math.expm1(x) for x in roots]
     return [math.exp(x) for x in roots]

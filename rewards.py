@@ -211,7 +211,7 @@ def token_f1(pred, gold):
     if pred != gold and {"yes", "no", "noanswer"} & {pred, gold}:
         return 0.0
     a, b = pred.split(), gold.split()
-    return 2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b))
+    return 2 * (Counter(a) & Counter(b)).total() / (len(a) + len(b))
 
 def exact_box(response, answer):
     box = last_boxed(response)
