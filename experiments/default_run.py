@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from experiments.plot import plt  # noqa: E402
+
 RESULTS = HERE / "results/default_run.json"
 RUNS = {  # flags: (name, color, seeds)
     "": ("default run", "#1f5a99", 5),
@@ -36,37 +40,40 @@ def one_run(flags, seed) -> dict:
             "first": curve[0]["eval"], "last": curve[-1]["eval"], "curve": curve}
 
 
-def draw(runs) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2))
-    accuracy, length, entropy = axes
-    for flags, (name, color, seeds) in RUNS.items():
-        accuracy.plot([], [], color=color, label=f"{name}, {seeds} seeds")
-        for run in runs:
-            if run["flags"] != flags:
-                continue
-            style = {"color": color, "lw": 1.2, "alpha": 0.7}
-            steps = [m["step"] for m in run["curve"]]
-            measured = [m for m in run["curve"] if m["eval"] is not None]
-            # the first line's is measured before its update
-            times = [m["step"] - (m["step"] == 1) for m in measured]
-            accuracy.plot(times, [m["eval"] for m in measured], **style)
-            length.plot(steps, [m["length"] for m in run["curve"]], **style)
-            entropy.plot(steps, [m["entropy"] for m in run["curve"]], **style)
-    titles = {"held-out accuracy (sampled)": 1.02, "response length (tokens)": 12,
-              "entropy per token (nats)": None}
-    for axis, (title, top) in zip(axes, titles.items()):
+def curves(groups, panels):
+    """A figure with a line for each run. `groups`: (name, color, runs); `panels`: (key of a step's
+    numbers, title, top of the axis)."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for axis, (key, title, top) in zip(axes, panels):
+        for name, color, runs in groups:
+            axis.plot([], [], color=color, label=f"{name}, {len(runs)} seeds")
+            for run in runs:
+                measured = [m for m in run["curve"] if m[key] is not None]
+                # the first line's accuracy is measured before its update
+                steps = [m["step"] - (key == "eval" and m["step"] == 1) for m in measured]
+                axis.plot(steps, [m[key] for m in measured], color=color, lw=1.2, alpha=0.7)
         axis.set_title(title)
         axis.set_xlabel("step: 512 responses, 4 updates")
         axis.set_ylim(0, top)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for height, text in ((3, "a guess: #3$"), (10, "step by step: >348943#3$")):
-        length.axhline(height, color="gray", lw=0.8, ls=":")
-        length.text(98, height + 0.2, text, ha="right", fontsize=9, color="gray")
-    accuracy.legend(frameon=False, loc="center right")
+    return figure, axes
+
+
+def mark(axis, height, text, text_height):
+    """A dotted line, with its text at the right end."""
+    axis.axhline(height, color="gray", lw=0.8, ls=":")
+    axis.text(0.95, text_height, text, ha="right", fontsize=9, color="gray",
+              transform=axis.get_yaxis_transform())
+
+
+def draw(runs) -> None:
+    groups = [(name, color, [run for run in runs if run["flags"] == flags])
+              for flags, (name, color, _) in RUNS.items()]
+    figure, axes = curves(groups, [("eval", "held-out accuracy (sampled)", 1.02),
+                                   ("length", "response length (tokens)", 12),
+                                   ("entropy", "entropy per token (nats)", None)])
+    mark(axes[1], 3, "a guess: #3$", 3.2)
+    mark(axes[1], 10, "step by step: >348943#3$", 10.2)
+    axes[0].legend(fontsize=10, loc="center right")
     figure.tight_layout()
     figure.savefig(HERE / "figures/default_run.png", dpi=100)
 

@@ -12,12 +12,17 @@ them. Runs stand in runs/hops-NAME-SEED, and share the warm starts of their seed
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import train  # noqa: E402
+from experiments.default_run import curves, mark  # noqa: E402
+from experiments.plot import interval, pm  # noqa: E402
+
 RESULTS = HERE / "results/hops.json"
 FLAGS = "--data hops --skill_steps 500 --habit_steps 100 --steps 40 --eval_every 5"
 RUNS = {  # name: (its flags, color, seeds)
@@ -31,8 +36,6 @@ KEPT = ("step", "reward", "eval", "length", "calls", "entropy", "grad_norm", "sa
 
 def train_not_masked(argv) -> None:
     """train.py, but that the trainer takes every token behind the prompt for the policy's own."""
-    sys.path.insert(0, str(HERE.parent))
-    import train
     converse = train.converse
 
     def unmasked(*args, **how):
@@ -68,60 +71,31 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def interval(values) -> str:
-    """Mean and 95 % interval over seeds (Student's t)."""
-    t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(values) - 2]
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
-
-
 def table(runs) -> str:
     lines = ["| | seeds | accuracy before | after | lowest | calls per question | own tokens |",
              "|---|---|---|---|---|---|---|"]
     for name in RUNS:
         some = [run for run in runs if run["name"] == name]
-        if len(some) < 2:  # not that far yet
-            continue
-        last = [run["curve"][-1] for run in some]
-        lines.append(f"| {name} | {len(some)} | {interval([run['first'] for run in some])} | "
-                     f"{interval([run['last'] for run in some])} | "
-                     f"{min(run['last'] for run in some):.3f} | "
-                     f"{interval([m['calls'] for m in last])} | "
-                     f"{interval([m['length'] for m in last])} |")
+        if some:
+            last = [run["curve"][-1] for run in some]
+            columns = ([run["first"] for run in some], [m["eval"] for m in last],
+                       [m["calls"] for m in last], [m["length"] for m in last])
+            first, after, calls, length = (pm(*interval(column), 3) for column in columns)
+            lowest = min(m["eval"] for m in last)
+            lines.append(f"| {name} | {len(some)} | {first} | {after} | {lowest:.3f} | {calls} | "
+                         f"{length} |")
     return "\n".join(lines)
 
 
 def draw(runs) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2))
-    for name, (_, color, seeds) in RUNS.items():
-        axes[0].plot([], [], color=color, label=f"{name}, {seeds} seeds")
-        for run in runs:
-            if run["name"] != name:
-                continue
-            style = {"color": color, "lw": 1.2, "alpha": 0.7}
-            steps = [m["step"] for m in run["curve"]]
-            measured = [m for m in run["curve"] if m["eval"] is not None]
-            # the first line's is measured before its update
-            times = [m["step"] - (m["step"] == 1) for m in measured]
-            axes[0].plot(times, [m["eval"] for m in measured], **style)
-            axes[1].plot(steps, [m["calls"] for m in run["curve"]], **style)
-            axes[2].plot(steps, [m["length"] for m in run["curve"]], **style)
-    titles = {"held-out accuracy (sampled)": 1.02, "calls of the tool per question": None,
-              "own tokens (not masked: and the tool's)": None}
-    for axis, (title, top) in zip(axes, titles.items()):
-        axis.set_title(title)
-        axis.set_xlabel("step: 512 responses, 4 updates")
-        axis.set_ylim(0, top)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].axhline(0.1, color="gray", lw=0.8, ls=":")
-    axes[0].text(40, 0.03, "a guess", ha="right", fontsize=9, color="gray")
-    axes[1].axhline(2.5, color="gray", lw=0.8, ls=":")
-    axes[1].text(40, 2.08, "what the questions need", ha="right", fontsize=9, color="gray")
-    axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.15))
+    groups = [(name, color, [run for run in runs if run["name"] == name])
+              for name, (_, color, _) in RUNS.items()]
+    figure, axes = curves(groups, [("eval", "held-out accuracy (sampled)", 1.02),
+                                   ("calls", "calls of the tool per question", None),
+                                   ("length", "own tokens (not masked: and the tool's)", None)])
+    mark(axes[0], 0.1, "a guess", 0.03)
+    mark(axes[1], 2.5, "what the questions need", 2.08)
+    axes[0].legend(fontsize=10, loc="lower right", bbox_to_anchor=(1, 0.15))
     figure.tight_layout()
     figure.savefig(HERE / "figures/hops.png", dpi=100)
 
