@@ -10,7 +10,6 @@ it is, without its pictures. Two grids look inside it, at two places that are wr
 train.collect, where a step's rollouts are there and nothing is updated yet, and losses.policy_loss.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import io
@@ -24,6 +23,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -79,10 +79,10 @@ MATCHED = {  # fixed bands: what clips as often, or is as wide on average, on th
                   "kl3": {"same clip rate": band(0.402)}}}
 
 
-def grid(specs, updates=(16,), lrs=None, seeds=range(5), task="chainsum", **more):
+def grid(specs, updates=(16,), lrs=None, seeds=range(5),
+         task="chainsum", flags="", measure=""):
     """Every combination; None: the learning rate that is common to all."""
-    same = {"task": task, "flags": f"{TASKS[task]} {more.get('flags', '')}".strip(),
-            "measure": more.get("measure", "")}
+    same = {"task": task, "flags": f"{TASKS[task]} {flags}".strip(), "measure": measure}
     combinations = product(seeds, updates, lrs or (COMMON[task],), specs)
     return [{**same, "loss": loss, "updates": k, "lr": lr, "seed": seed}
             for seed, k, lr, loss in combinations]
@@ -92,7 +92,8 @@ def named(name, task, lines) -> list[dict]:
     """The runs of a named grid. `main` follows from the lines of `lr`."""
     seeds = SEEDS[task]
     if name == "quick":
-        return grid(("grpo", "acpo", "cispo", WIDE), (2, 16), seeds=range(2), task=task)
+        specs = ("grpo", "acpo", "cispo", WIDE)
+        return grid(specs, (2, 16), seeds=range(2), task=task)
     if name == "lr":
         return [run for updates, lrs in LRS[task].items()
                 for run in grid(TABLE, (updates,), lrs, TUNING, task)]
@@ -117,8 +118,10 @@ def named(name, task, lines) -> list[dict]:
         return grid(("grpo",), (4,), task=task, measure="ladder")
     if name == "cells":
         return grid(("grpo",), (2,), seeds=seeds, task=task, measure="cells")
-    return [run for loss, flags in WAPO_BUT.values()  # wapo
-            for run in grid((loss,), lrs=(3e-4, 1e-3), seeds=seeds, task=task, flags=flags)]
+    runs = []  # wapo
+    for loss, flags in WAPO_BUT.values():
+        runs += grid((loss,), lrs=(3e-4, 1e-3), seeds=seeds, task=task, flags=flags)
+    return runs
 
 
 GRIDS = "quick lr main common controls hot acpo ladder cells wapo".split()
@@ -173,38 +176,48 @@ def one_run(run, commit) -> dict:
     name, *hyper = run["loss"].split()
     argv = ["--loss", name, "--loss_args", *hyper, "--data", run["task"], "--lr", str(run["lr"]),
             "--updates", str(run["updates"]), "--seed", str(run["seed"]), "--eval_every", "100000",
-            *WARM_START.split()]
-    look = {"ladder": Ladder, "cells": Cells}.get(run["measure"], Blind)()
-    failed = None
-    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
-        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
-            stack.enter_context(redirect(io.StringIO()))
-        stack.enter_context(patch.object(train, "collect", looking(train.collect, look)))
-        stack.enter_context(patch.object(train, "draw_curves", drawn_by_nobody))  # a third of a run
-        flags = train.parse([*argv, *run["flags"].split(), "--out", f"{out}/run"])
-        start = ONE_START.get(run["task"], run["seed"])
-        flags.model = str(train.small_model(dataclasses.replace(flags, seed=start)))
-        trained = train.set_up(flags)
-        with trained.scorer:
-            try:
-                train.train(trained)
-            except ValueError as e:  # the loss was not finite in three steps running
-                failed = str(e)
-        while train.LOCKS:
-            train.LOCKS.pop().close()
+            *WARM_START.split(), *run["flags"].split()]
+    look = {"ladder": Ladder, "cells": Cells}.get(run["measure"], lambda: None)()
+    instead = {"collect": looking(train.collect, look)} if look else {}
+    start = ONE_START.get(run["task"], run["seed"])
+    trained, failed = train_here(argv, start, **instead)
     history = trained.log.history
     reward = [m["reward"] for m in history]
-    return {**run, "commit": commit, "failed": failed,
+    line = {**run, "commit": commit, "failed": failed,
             "cpu_seconds": round(time.process_time() - began, 1),
             "first": history[0]["eval"], "final": 0.0 if failed else history[-1]["eval"],
-            "auc": sum(reward) / flags.steps, "entropy_end": history[-1]["entropy"],
+            "auc": sum(reward) / trained.flags.steps, "entropy_end": history[-1]["entropy"],
             "collapsed": bool(failed) or collapsed(reward),
-            "curves": {key: [m[key] for m in history] for key in CURVES},
-            **({run["measure"]: look.found} if run["measure"] else {})}
+            "curves": {key: [m[key] for m in history] for key in CURVES}}
+    if look:
+        line[run["measure"]] = look.found
+    return line
 
 
-def drawn_by_nobody(*_):
-    pass
+def train_here(argv, start, **instead) -> tuple[train.Run, str | None]:
+    """train.py in this process, unheard, from the warm start of seed `start`, with other functions
+    `instead` of its own: the run, and why it ended early, if it did."""
+    unheard = io.StringIO()
+    with (tempfile.TemporaryDirectory() as out,
+          redirect_stdout(unheard), redirect_stderr(unheard),
+          patch.multiple(train, draw_curves=nothing, **instead)):
+        flags = train.parse([*argv, "--out", f"{out}/run"])
+        flags.model = str(train.small_model(dataclasses.replace(flags, seed=start)))
+        run = train.set_up(flags)
+        failed = None
+        with run.scorer:
+            try:
+                train.train(run)
+            except ValueError as e:  # the loss was not finite in three steps running
+                failed = str(e)
+        run.log.close()
+        while train.LOCKS:
+            train.LOCKS.pop().close()
+    return run, failed
+
+
+def nothing(*_):
+    """In the place of draw_curves: a third of a run."""
 
 
 def collapsed(reward) -> bool:
@@ -221,11 +234,6 @@ def looking(collect, look):
         look(run, rollouts)
         return rollouts, sampled
     return collect_and_look
-
-
-class Blind:
-    def __call__(self, run, rollouts):
-        pass
 
 
 # ---- A look inside: the ladder -----------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The sampler is not the trainer: what breaks as the gap grows, and what a correction repairs.
 
-    python experiments/mismatch.py           232 runs, then table and figure (half an hour, one core)
-    python experiments/mismatch.py --draw    table and figure of the lines that are there
+    python experiments/mismatch.py           # 232 runs, then table and figure: half an hour
+    python experiments/mismatch.py --draw    # table and figure of the lines that are there
 
 The default task, GRPO, 16 updates a rollout. A worse copy of the weights samples: in bfloat16
 (--rollout_dtype), rounded to 8, 4 or 3 bits, or as they were one or four steps ago. pi_old is the
@@ -11,17 +11,13 @@ is that of the trainer's own weights, every third step. One warm start for all; 
 and sampling. A run leaves a line in experiments/results/mismatch.jsonl; a grid goes on from there.
 """
 import argparse
-import contextlib
 import copy
-import dataclasses
-import io
 import json
 import sys
-import tempfile
 import time
 from collections import deque
 from pathlib import Path
-from unittest.mock import patch
+from statistics import fmean
 
 import torch
 
@@ -29,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from experiments.compare import (  # noqa: E402
-    WARM_START, drawn_by_nobody, load, pick, rounded)
-from experiments.plot import delta_pm, interval, mean_pm, paired, plt  # noqa: E402
+from experiments.compare import WARM_START, load, pick, rounded, train_here  # noqa: E402
+from experiments.plot import delta_pm, markdown, mean_pm, paired, plt  # noqa: E402
 
 RESULTS = ROOT / "experiments/results/mismatch.jsonl"
 FIGURE = ROOT / "experiments/figures/mismatch.png"
@@ -77,7 +72,8 @@ class Sampler:
 def in_bits(model, bits):
     """Every weight rounded to one of 2^bits - 1 values, evenly spaced in its row."""
     for p in model.parameters():
-        step = p.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+        largest = p.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        step = largest / (2 ** (bits - 1) - 1)
         p.copy_((p / step).round() * step)
     return model
 
@@ -90,20 +86,9 @@ def one_run(gap, correction, seed) -> dict:
     argv += ["--rollout_dtype", "bfloat16"] if gap == "bfloat16" else []
     argv += ["--old_logp", "sampler" if correction == "two" else "trainer"]
     argv += [] if correction in ("none", "two") else ["--correction", correction]
-    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
-        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
-            stack.enter_context(redirect(io.StringIO()))
-        stack.enter_context(patch.object(train, "collect", sampler.collect))
-        stack.enter_context(patch.object(train, "sampling_model", sampler.model))
-        stack.enter_context(patch.object(train, "draw_curves", drawn_by_nobody))
-        flags = train.parse([*argv, "--out", f"{out}/run"])
-        flags.model = str(train.small_model(dataclasses.replace(flags, seed=0)))
-        run = train.set_up(flags)
-        with run.scorer:
-            train.train(run)
-        run.log.close()
-        while train.LOCKS:
-            train.LOCKS.pop().close()
+    run, failed = train_here(argv, 0, collect=sampler.collect, sampling_model=sampler.model)
+    if failed:
+        raise ValueError(failed)
     curves = {key: [m[key] for m in run.log.history] for key in CURVES}
     return {"gap": gap, "correction": correction, "seed": seed, "flags": FLAGS,
             "cpu_seconds": time.process_time() - began, "curves": curves}
@@ -125,57 +110,56 @@ def sweep(runs):
 
 def accuracy(line) -> float:
     """Mean held-out accuracy over the run, without the one before it, in percent."""
-    evals = [e for e in line["curves"]["eval"][1:] if e is not None]
-    return 100 * sum(evals) / len(evals)
+    return 100 * fmean(e for e in line["curves"]["eval"][1:] if e is not None)
 
 
 def final(line) -> float:
     return 100 * line["curves"]["eval"][-1]
 
 
-def over_steps(line, key) -> float:
-    """Mean over the steps; from the second on, as the first has no older weights."""
-    values = line["curves"][key][1:]
-    return sum(values) / len(values)
+def over_steps(lines, key) -> float:
+    """Mean over runs and steps; from the second on, as the first has no older weights."""
+    return fmean(fmean(line["curves"][key][1:]) for line in lines)
 
 
 def table(lines) -> str:
     """Markdown. The gap alone against no gap, then each correction against none, paired by seed."""
-    head = ["gap", "KL", "ESS", "accuracy", "final", *(f"`{name}`" for name in REPAIRS[1:])]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     exact = pick(lines, gap="none", correction="none")
     for gap in GRID:
         plain = pick(lines, gap=gap, correction="none")
         if not plain:
             continue
-        row = [gap, *(f"{interval([over_steps(line, key) for line in plain])[0]:.2g}"
-                      for key in ("sampler_kl", "sampler_ess"))]
+        row = [gap, *(f"{over_steps(plain, key):.2g}" for key in ("sampler_kl", "sampler_ess"))]
         for value in (accuracy, final):
             row.append(mean_pm(plain, value) if gap == "none" else delta_pm(plain, exact, value))
         for name in REPAIRS[1:]:
             row.append(delta_pm(pick(lines, gap=gap, correction=name), plain, accuracy))
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    head = ["gap", "KL", "ESS", "accuracy", "final", *(f"`{name}`" for name in REPAIRS[1:])]
+    return markdown(head, rows)
 
 
 def draw(lines) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(2, 1))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(2, 1))
+    left, right = axes
     exact = pick(lines, gap="none", correction="none")
-    for i, name in enumerate(REPAIRS):
-        color = COLORS[i]
-        gaps = [gap for gap in list(GRID)[1:] if pick(lines, gap=gap, correction=name)]
-        places = [list(GRID).index(gap) + 0.11 * (i - 2.5) for gap in gaps]
-        cells = [pick(lines, gap=gap, correction=name) for gap in gaps]
-        means, halves = zip(*(paired(cell, exact, accuracy) for cell in cells))
-        left.errorbar(places, means, halves, fmt="o", ms=5, capsize=2, color=color, label=name)
+    gaps = list(GRID)[1:]
+    for i, (name, color) in enumerate(zip(REPAIRS, COLORS)):
+        cells = {place: pick(lines, gap=gap, correction=name)
+                 for place, gap in enumerate(gaps, start=1)}
+        cells = {place: cell for place, cell in cells.items() if cell}
+        means, halves = zip(*(paired(cell, exact, accuracy) for cell in cells.values()))
+        left.errorbar([place + 0.11 * (i - 2.5) for place in cells], means, halves,
+                      fmt="o", ms=5, capsize=2, color=color, label=name)
         if name in ("icepop", "seq_mis", "geo_mis"):
-            shares = [100 * interval([over_steps(x, "masked") for x in cell])[0] for cell in cells]
-            right.plot([list(GRID).index(gap) for gap in gaps], shares, "o-", color=color)
+            shares = [100 * over_steps(cell, "masked") for cell in cells.values()]
+            right.plot(list(cells), shares, "o-", color=color)
     left.axhline(0, color="0.4", lw=1)
     left.set_title("Held-out accuracy over the run, against no gap (points, 95 %)")
     right.set_title("Tokens of weight 0 (%)")
-    for axis in (left, right):
-        axis.set_xticks(range(1, len(GRID)), list(GRID)[1:])
+    for axis in axes:
+        axis.set_xticks(range(1, len(GRID)), gaps)
     left.legend(title="correction", ncols=2, loc="lower left")
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=100)

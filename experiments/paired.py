@@ -36,20 +36,18 @@ def main():
 
 def paired(ours, theirs, task):
     """The mean difference (first - second) over the questions that both directories have."""
-    a = by_question(ours, task)
-    b = by_question(theirs, task)
-    both = [question for question in a if question in b]
-    if not both:
+    a, b = by_question(ours, task), by_question(theirs, task)
+    pairs = [(*a[question], b[question][0]) for question in a if question in b]
+    if not pairs:
         raise ValueError(f"{ours} and {theirs} answered other questions of {task}: no pairs")
-    differences = [a[question][0] - b[question][0] for question in both]
-    difference = mean(differences)
-    se = standard_error(differences, [a[question][1] for question in both])
-    noise = se is None or abs(difference) < 2 * se or difference == 0
-    better = "better" if difference > 0 else "worse"
-    return {"first": mean([a[question][0] for question in both]),
-            "second": mean([b[question][0] for question in both]),
-            "difference": difference, "se": se, "questions": len(both),
-            "verdict": "noise (below 2 SE)" if noise else better}
+    first, groups, second = zip(*pairs)
+    differences = [x - y for x, y in zip(first, second)]
+    difference, se = mean(differences), standard_error(differences, groups)
+    verdict = "better" if difference > 0 else "worse"
+    if se is None or abs(difference) < 2 * se or difference == 0:
+        verdict = "noise (below 2 SE)"
+    return {"first": mean(first), "second": mean(second), "difference": difference, "se": se,
+            "questions": len(pairs), "verdict": verdict}
 
 
 def by_question(directory, task):
@@ -59,12 +57,14 @@ def by_question(directory, task):
         result = read_results(directory)[task]
         n = result["n"]
         rows = read_rows(file)[:n * result["questions"]]
-        if len(rows) < n * result["questions"] or {row["run"] for row in rows} != {result["run"]}:
+        runs = {row["run"] for row in rows}
+        if len(rows) < n * result["questions"] or runs != {result["run"]}:
             raise KeyError("run")
         found = {}
         for i in range(0, len(rows), n):
-            question = (rows[i]["id"], str(rows[i]["answer"]))
-            found[question] = mean([row["score"] for row in rows[i:i + n]]), rows[i]["group"]
+            first, responses = rows[i], rows[i:i + n]
+            score = mean([row["score"] for row in responses])
+            found[first["id"], str(first["answer"])] = score, first["group"]
         return found
     except (KeyError, TypeError):
         raise ValueError(f"{file} has not the responses that {directory / 'results.json'} was "

@@ -8,6 +8,7 @@ import math
 import sys
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -101,7 +102,7 @@ def pm(mean, half, digits=1, sign=False):
 
 
 def mean_pm(lines, value, digits=1):
-    return pm(*interval([value(line) for line in lines]), digits)
+    return pm(*interval([*map(value, lines)]), digits)
 
 
 def delta_pm(a, b, value, digits=1):
@@ -112,13 +113,13 @@ def fallen(lines):
     return f"{sum(line['collapsed'] for line in lines)} / {len(lines)}"
 
 
+def markdown(head, rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def table(title, head, rows) -> list[str]:
-    if not rows:
-        return []
-    text = [f"**{title}**", ""]
-    for row in (head, ["---"] * len(head), *rows):
-        text.append("| " + " | ".join(map(str, row)) + " |")
-    return [*text, ""]
+    return [f"**{title}**", "", markdown(head, rows), ""] if rows else []
 
 
 # ---- Scores ------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def draw_curves(lines, panels):
         for axis, what in zip(column, ("reward", "entropy")):
             for spec, color in COLORS.items():
                 curves = [line["curves"][what] for line in lines.runs(spec, updates, lr)]
-                means = [sum(step) / len(step) for step in zip(*curves)]
+                means = [fmean(step) for step in zip(*curves)]
                 label = spec.replace("eps_low=0.03 eps_high=0.04", "× 100")
                 axis.plot(range(1, len(means) + 1), means, color=color, label=label)
         column[0].set_title(f"chainsum, {updates} updates, lr {lr:g}")
@@ -216,13 +217,13 @@ def learning_rates(lines) -> list[str]:
     rates = sorted({lr for of_task in LRS.values() for lrs in of_task.values() for lr in lrs})
     rows = []
     for task, updates, spec in product(TASKS, (2, 16), TABLE):
-        found = {lr: lines.runs(spec, updates, lr, task, tuning=True) for lr in rates}
-        means = [[interval([value(line) for line in some])[0] for value in (area, final)]
-                 for some in found.values() if some]
-        if means:
-            cells = iter(f"{a:.1f} / {b:.1f}" for a, b in means)
-            rows.append([f"`{spec}`", task, updates,
-                         *(next(cells) if found[lr] else "" for lr in rates)])
+        cells = []
+        for lr in rates:
+            some = lines.runs(spec, updates, lr, task, tuning=True)
+            means = [f"{fmean(map(value, some)):.1f}" for value in (area, final) if some]
+            cells.append(" / ".join(means))
+        if any(cells):
+            rows.append([f"`{spec}`", task, updates, *cells])
     head = ("objective", "task", "updates", *(f"{lr:g}" for lr in rates))
     return table("Learning rates, tuning seeds: area / final", head, rows)
 
@@ -237,18 +238,18 @@ def ladder(lines) -> list[str]:
     rungs = {k: pooled(some, str(k)) for k in LADDER}
     rows = []
     for k, sums in rungs.items():
-        unlikely = [share(line["ladder"][str(k)]["kept"])[0] for line in some]
+        unlikely = [kept(line["ladder"][str(k)])[0] for line in some]
         rows.append([k, spaced(ratio_std(sums), 3), spaced(clipped(sums), 1),
-                     spaced(share(sums["kept"]), 0), pm(*interval(unlikely))])
+                     spaced(kept(sums), 0), pm(*interval(unlikely))])
     titles = ("std of the ratio", "clipped by ±0.2 (% of the bin's tokens)",
               "share of the gradient (%)")
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4))
     colors = plt.cm.viridis([0.0, 0.22, 0.45, 0.68, 0.9])
     for b, color in enumerate(colors):
-        curves = [(ratio_std(sums)[b], clipped(sums)[b], share(sums["kept"])[b])
-                  for sums in rungs.values()]
-        for axis, values in zip(axes, zip(*curves)):
-            axis.plot(LADDER, values, "o-", color=color, label=f"p from {b / BINS:g}")
+        label = f"p from {b / BINS:g}"
+        for axis, value in zip(axes, (ratio_std, clipped, kept)):
+            curve = [value(sums)[b] for sums in rungs.values()]
+            axis.plot(LADDER, curve, "o-", color=color, label=label)
     for axis, title in zip(axes, titles):
         axis.set_title(title)
         axis.set_xscale("log", base=2)
@@ -278,6 +279,10 @@ def ratio_std(sums):
 
 def clipped(sums):
     return [100 * c / n for c, n in zip(sums["clipped"], sums["tokens"])]
+
+
+def kept(sums):
+    return share(sums["kept"])
 
 
 def share(values):
@@ -310,7 +315,7 @@ def controls(lines) -> list[str]:
                 a, b = (lines.runs(s, 16, COMMON[task], task) for s in (name, spec))
                 if not a or not b:
                     continue
-                rates = [f"{interval([clip_rate(x) for x in some])[0]:.2f}" for some in (a, b)]
+                rates = [f"{fmean(map(clip_rate, some)):.2f}" for some in (a, b)]
                 rows.append([f"`{name}`", f"{label}: `{spec}`", " / ".join(rates),
                              delta_pm(a, b, area), delta_pm(a, b, final),
                              delta_pm(a, b, entropy_at, 3), len(b)])
@@ -338,11 +343,11 @@ def cells(lines) -> list[str]:
     some = lines.runs("grpo", 2, measure="cells")
     rows = []
     for stage in zip(*(line["cells"] for line in some)):
-        reward = sum(at["reward"] for at in stage) / len(stage)
+        reward = fmean(at["reward"] for at in stage)
         for c, name in enumerate(CELLS):
             changes = [1e3 * at["measured"][c] for at in stage]
             rise = sum(change > 0 for change in changes)
-            tokens = 100 * sum(at["share"][c] for at in stage) / len(stage)
+            tokens = 100 * fmean(at["share"][c] for at in stage)
             rows.append([f"{stage[0]['step']:.0f}", f"{reward:.2f}", name, f"{tokens:.1f}",
                          pm(*interval(changes), 2, True), f"{rise} / {len(changes)}"])
     head = ("step", "reward", "cell", "tokens (%)", "entropy change (millinats)", "runs it rose in")
