@@ -35,6 +35,8 @@ from tqdm import tqdm
 
 import losses
 import train
+from eval import read_rows
+from experiments.microscope import logit_norm
 
 RESULTS = Path(__file__).parent / "results/compare.jsonl"
 KEY = ("task", "loss", "updates", "lr", "seed", "flags", "measure")
@@ -287,11 +289,6 @@ def stats(run, rollouts):
     return train.token_stats(run.model, rollouts, run.flags)
 
 
-def logit_norm(p, sum_p2):
-    """L2 norm of d log p / d logits: sqrt((1-p)^2 + the other tokens' p^2)."""
-    return ((1 - p)**2 + (sum_p2 - p**2).clamp(min=0)).sqrt()
-
-
 def add(sums, p, mask, **values):
     """Adds to the lists in `sums`, by BINS bins of p, what `values` (B,T) hold inside the mask."""
     bins = losses.bin_of(p, BINS)[mask]
@@ -346,8 +343,7 @@ def key(run):
 
 def load(path=RESULTS) -> list[dict]:
     """The lines of finished runs. A last line without its end (the machine died) is none."""
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+    return read_rows(path)
 
 
 def sweep(runs, jobs, path):

@@ -96,8 +96,12 @@ class Kernel(torch.autograd.Function):
 
 
 def attention(kernel, q, k, v, borders, longest):
-    repeated = [t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)]
-    return Kernel.apply(q, *repeated)
+    times = q.shape[1] // k.shape[1]
+    return Kernel.apply(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
+
+
+def exact_logits(h, W):
+    return h.new_empty(len(h), len(W), dtype=torch.float32)
 
 
 @contextmanager
@@ -108,7 +112,7 @@ def pretended(gpus, shards, dtype):
     instead = {
         (network, "attention_kernel"): lambda device, dtype: "torch varlen",
         (network, "varlen"): attention,
-        (network, "exact_logits"): lambda h, W: h.new_empty(len(h), len(W), dtype=torch.float32),
+        (network, "exact_logits"): exact_logits,
         (network, "product"): torch.nn.functional.linear,
         (torch.nn.functional, "rms_norm"): lambda x, shape, weight, eps: Kernel.apply(x, weight),
         (train, "compute_dtype"): lambda: dtype}

@@ -24,8 +24,8 @@ import test_losses as tests  # noqa: E402
 from losses import OBJECTIVES  # noqa: E402
 
 VERL_NAMES = {"dapo": "vanilla", "gmpo": "geo_mean"}  # where theirs is not ours
-VERL_BANDS = {"dapo": (.2, .28), "gspo": (3e-4, 4e-4), "gmpo": (.4, .4), "cispo": (1.0, .3),
-              "dppo_tv": (.15, .15), "dppo_kl": (.05, .05)}
+VERL_BANDS = {"dapo": (.2, .28), "gspo": (3e-4, 4e-4), "gmpo": (.4, .4),
+              "cispo": (1.0, .3), "dppo_tv": (.15, .15), "dppo_kl": (.05, .05)}
 VERL_CORRECTIONS = {"tis": ("token", 2.0), "icepop": ("token", "0.5_5.0"),
                     "seq_tis": ("sequence", 2.0)}
 

@@ -57,17 +57,15 @@ def check(out, train_flags) -> dict:
     kernels = ["", " --no_flash"] if network.flash_attn_varlen_func else [""]
     plan = ["card", "fit", "tests"]
     plan += [part + kernel for kernel in kernels for part in ("train", "decode", "mismatch")]
-    found, failed, known = {}, {}, []
+    found, failed = {}, {}
     for number, name in enumerate(plan):
         if name == "tests" and not train.MAIN:
             continue
-        numbers, reason = child(name, number, [*known, *train_flags])
+        numbers, reason = child(name, number, ["--found", json.dumps(found), *train_flags])
         print_part(name, numbers or {"FAILED": reason})
         found[name] = numbers
         if reason:
             failed[name] = reason
-        elif name in ("card", "fit"):  # the others compare with these
-            known += [f"--{name}", json.dumps(numbers)]
     found["failed"] = failed
     if train.MAIN:
         out = out or results_file(found["card"].get("name", "unknown"))
@@ -82,10 +80,6 @@ def child(name, number, args) -> tuple[dict, str]:
     """(numbers, "") of one measurement in a process of its own, or ({}, why there are none)."""
     part, *kernel = name.split()
     command = [sys.executable, __file__, "--part", part, *kernel, *args]
-    if part == "tests" and not CUDA:
-        return {"result": "not run, there is no CUDA"}, ""
-    if part == "tests":
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     env = dict(os.environ)
     if part in ("card", "fit", "tests"):  # without the other ranks
         env = {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE")}
@@ -97,11 +91,10 @@ def child(name, number, args) -> tuple[dict, str]:
                              cwd=Path(__file__).parent.parent)
     except subprocess.TimeoutExpired:
         return {}, "took more than 15 minutes"
-    said = ran.stdout.strip().splitlines() or [""]
     if ran.returncode:
-        said = said if part == "tests" else ran.stderr.strip().splitlines()
-        return {}, (said or ["killed"])[-1][:300]
-    return ({"result": said[-1]} if part == "tests" else json.loads(said[-1])), ""
+        said = ran.stderr.strip().splitlines() or ["killed"]
+        return {}, said[-1][:300]
+    return json.loads(ran.stdout.strip().splitlines()[-1]), ""
 
 
 def print_part(name, numbers):
@@ -172,6 +165,17 @@ def workload(ranks) -> list[str]:
     return (f"--prompts {PROMPTS * ranks} --samples {SAMPLES} --updates 2 --steps 2 --loss grpo "
             f"--max_prompt_tokens {PROMPT} --max_new_tokens {RESPONSE} --lr 1e-6 --recompute "
             f"--eval_problems {ranks} --timeout 10").split()
+
+
+def gpu_tests(args) -> dict:
+    if not CUDA:
+        return {"result": "not run, there is no CUDA"}
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"],
+                         capture_output=True, text=True)
+    result = (ran.stdout.strip().splitlines() or ["killed"])[-1]
+    if ran.returncode:
+        raise SystemExit(result)
+    return {"result": result}
 
 
 def train_loop(args) -> dict:
@@ -313,13 +317,15 @@ def mismatch(args) -> dict:
     trainer, entropy, _ = model(*batch)
     sampler = torch.tensor([logp for r in rollouts for logp in r.logp], device=train.DEVICE)
     gap = (sampler - trainer).double()
-    return {"mean": gap.abs().mean().item(), "worst": gap.abs().max().item(),
-            "k3": (gap.expm1() - gap).mean().item(), "entropy": entropy.mean().item()}
+    means = {"mean": gap.abs(), "k3": gap.expm1() - gap, "entropy": entropy}
+    found = {name: values.mean().item() for name, values in means.items()}
+    return found | {"worst": gap.abs().max().item()}
 
 
 # ---- The command -------------------------------------------------------------------------------
 
-PARTS = {"card": card, "fit": fit, "train": train_loop, "decode": decode, "mismatch": mismatch}
+PARTS = {"card": card, "fit": fit, "tests": gpu_tests, "train": train_loop, "decode": decode,
+         "mismatch": mismatch}
 RANKS = int(os.environ.get("CHECKED_RANKS", train.WORLD))
 
 
@@ -339,12 +345,13 @@ def main():
     parser.add_argument("--out", type=Path, help="the JSON (experiments/results/gpu_<card>.json)")
     parser.add_argument("--part", choices=PARTS, help="this measurement alone, in this process")
     parser.add_argument("--no_flash", action="store_true", help="with --part: without flash-attn")
-    parser.add_argument("--card", type=json.loads, help="with --part: what card found",
-                        default={"TFLOP/s": UNKNOWN, "TB/s": UNKNOWN})
-    parser.add_argument("--fit", type=json.loads, help="with --part: what fit found",
-                        default={"shape": SMALLEST if CUDA else "toy", "GiB": UNKNOWN,
-                                 "recompute": True})
+    parser.add_argument("--found", type=json.loads, default={},
+                        help="with --part: what the parts before it have found")
     args, args.train_flags = parser.parse_known_args()
+    # The others compare with these.
+    args.card = args.found.get("card") or {"TFLOP/s": UNKNOWN, "TB/s": UNKNOWN}
+    args.fit = args.found.get("fit") or {"shape": SMALLEST if CUDA else "toy", "GiB": UNKNOWN,
+                                         "recompute": True}
     torch.set_num_threads(1)
     if not args.part:
         os.environ["CHECKED_RANKS"] = str(train.WORLD)

@@ -27,6 +27,7 @@ import data
 import losses
 import rewards
 import train
+from eval import read_rows
 
 MOST = 8_000_000  # weights in a page, 4 bytes each
 FIRST = ("acpo", "grpo", "gspo", "cispo", "kl3", "dapo", "sapo")  # kept where not all fit
@@ -154,7 +155,7 @@ class Lens:
         state[zero & (A == 0)] = NO_ADVANTAGE
 
         p = logp.exp()
-        size = (1 - 2 * p + self.inputs["sum_p2"]).clamp(min=0).sqrt()  # |d log p / d logits|
+        size = logit_norm(p, self.inputs["sum_p2"])
         kept = (self.gradient().abs() * size)[mask]
         clipped = (before.abs() * (logp - old_logp).exp() * size * zero)[mask]
         bins = (p[mask] * 10).long().clamp(max=9)
@@ -176,6 +177,11 @@ class Lens:
                 real = real.view(len(real), -1).to(one)  # pass_rate is (B,)
                 made[name] = torch.cat([padded(made[name], real.shape[1]), real])
         return self.weights(made)[:len(one), :one.shape[1]]
+
+
+def logit_norm(p, sum_p2):
+    """L2 norm of d log p / d logits: sqrt((1-p)^2 + the other tokens' p^2)."""
+    return ((1 - p)**2 + (sum_p2 - p**2).clamp(min=0)).sqrt()
 
 
 # ---- Its band, found by trying -------------------------------------------------------------------
@@ -250,12 +256,10 @@ def add_response(group, tokens, score, status, finished, length) -> None:
 def samples(path) -> dict:
     """The page of eval's samples_TASK.jsonl: a group is a question, a response one "token"."""
     groups = {}
-    for line in path.read_text().splitlines():
-        if line.endswith("}"):  # the last of an evaluation that still goes on may not
-            row = json.loads(line)
-            group = new_group(row["id"], row["prompt"], row["answer"])
-            add_response(groups.setdefault(row["id"], group), [row["response"]], row["score"],
-                         row["status"], row["finished"], row["length"])
+    for row in read_rows(path):
+        group = new_group(row["id"], row["prompt"], row["answer"])
+        add_response(groups.setdefault(row["id"], group), [row["response"]], row["score"],
+                     row["status"], row["finished"], row["length"])
     if not groups:
         raise ValueError(f"{path}: no responses in it; eval.py writes such files")
     kinds = [r["kind"] for group in groups.values() for r in group["responses"]]

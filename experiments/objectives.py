@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from losses import OBJECTIVES, policy_loss  # noqa: E402
 
 COLUMNS = 6
+DASHED = (0, (4, 1.6))
 FAMILIES = {  # the sections of losses.py
     "A fixed band around ratio 1": ["grpo", "dr_grpo", "dapo", "kl3", "psr_nsr", "wapo"],
     "A band that adapts": ["acpo", "etr", "dcpo", "bapo", "m2po"],
@@ -65,7 +66,8 @@ def background(std=0.3, winners=0.5, equal=False, n=60_000):
     p_old = torch.rand(n, 1, generator=rng, dtype=torch.float64) * 0.98 + 0.01
     noise = torch.randn(n, 1, generator=rng, dtype=torch.float64) * std
     logp = p_old.log() + (noise if equal else noise * (1 - p_old))
-    adv = torch.where(torch.rand(n, 1, generator=rng) < winners, 1.0, -1.0).double()
+    won = torch.rand(n, 1, generator=rng) < winners
+    adv = torch.where(won, 1.0, -1.0).double()
     return logp.clamp(max=-1e-4), p_old.log(), adv
 
 
@@ -94,7 +96,8 @@ def jumps(name, ratio, w, A):
     """The ratios at which the weight jumps, each found again on a fine grid."""
     found = []
     for i in (w.diff().abs() > 0.15).nonzero().flatten().tolist():
-        fine = torch.linspace(ratio[i].item(), ratio[i + 1].item(), 2001, dtype=torch.float64)
+        left, right = ratio[i:i + 2].tolist()
+        fine = torch.linspace(left, right, 2001, dtype=torch.float64)
         values = weight(name, fine, A)
         steps = values.diff().abs()
         if steps.max() > 0.2 * values.abs().max():  # a steep line has none, seen closely
@@ -111,7 +114,7 @@ def panel(ax, name, ratio, colors):
     lowest = 0.0
     for i, given in enumerate(lines.values()):
         tone = 0.85 if len(lines) == 1 else 0.42 + 0.56 * i / (len(lines) - 1)
-        for A, style in ((1.0, "-"), (-1.0, (0, (4, 1.6)))):
+        for A, style in ((1.0, "-"), (-1.0, DASHED)):
             w = weight(name, ratio, A, **given)
             lowest = min(lowest, w[w.isfinite()].min().item())
             ax.plot(ratio, w, color=colors[A](tone), lw=2.2, ls=style)
@@ -121,20 +124,22 @@ def panel(ax, name, ratio, colors):
                             textcoords="offset points", ha="left" if right else "right",
                             color=colors[A](0.85), fontsize=10)
     signed = lowest < -0.05  # some penalties push against A
-    ax.set(xscale="log", xlim=(ratio[0], ratio[-1]), xticks=[0.1, 1, 10],
-           xticklabels=["0.1", "1", "10"])
+    ax.set(xscale="log", xlim=(ratio[0], ratio[-1]))
+    ax.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     ax.set_yscale("symlog", linthresh=0.1, linscale=0.35)
     ticks = [-10, -1, 0, 1, 10] if signed else [0, 0.1, 1, 10]
-    ax.set(ylim=(-10 if signed else -0.03, ratio[-1]), yticks=ticks,
-           yticklabels=[f"{tick:g}" for tick in ticks])
+    ax.set_ylim(-10 if signed else -0.03, ratio[-1])
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(name, fontsize=13, family="monospace", weight="bold", pad=4)
-    for i, label in enumerate([*lines, NOTES.get(name, "")]):  # as light or dark as their lines
-        grey = 0.6 * (1 - i / (len(lines) - 1)) if 0 < len(lines) - 1 >= i else 0.35
-        ax.text(0.97 if signed else 0.03, 0.22 - 0.1 * i if signed else 0.985 - 0.1 * i, label,
-                transform=ax.transAxes, fontsize=10, color=str(grey), va="top",
-                ha="right" if signed else "left")
+    x, y, side = (0.97, 0.22, "right") if signed else (0.03, 0.985, "left")
+    for i, label in enumerate([*lines, NOTES.get(name, "")]):
+        grey = 0.35
+        if i < len(lines) > 1:  # as light or dark as its line
+            grey = 0.6 * (1 - i / (len(lines) - 1))
+        ax.text(x, y - 0.1 * i, label, transform=ax.transAxes, fontsize=10,
+                color=str(grey), va="top", ha=side)
 
 
 def draw(path):
@@ -151,15 +156,15 @@ def draw(path):
             rows.append((title if start == 0 else "", names[start:start + COLUMNS]))
 
     figure = plt.figure(figsize=(14, 2.4 * len(rows) + 0.9))
-    head, *strips = figure.subfigures(len(rows) + 1, 1, height_ratios=[0.3] + [1] * len(rows))
+    heights = [0.3] + [1] * len(rows)
+    head, *strips = figure.subfigures(len(heights), 1, height_ratios=heights)
     head.text(0.012, 0.95, "What each objective makes of the ratio r = new / old probability: "
               "the weight w/A on grad log p", fontsize=16, va="top", weight="bold")
-    handles = [
-        plt.Line2D([], [], color=plt.cm.Blues(0.85), lw=2.4, label="A > 0: to become likelier"),
-        plt.Line2D([], [], color=plt.cm.Reds(0.85), lw=2.4, ls=(0, (4, 1.6)),
-                   label="A < 0: to become less likely"),
-        plt.Line2D([], [], color="0.72", lw=1.4, label="w = r A: no clip"),
-        plt.Line2D([], [], lw=0, label="a line ends where the new p is 1")]
+    kinds = {"A > 0: to become likelier": dict(color=plt.cm.Blues(0.85), lw=2.4),
+             "A < 0: to become less likely": dict(color=plt.cm.Reds(0.85), lw=2.4, ls=DASHED),
+             "w = r A: no clip": dict(color="0.72", lw=1.4),
+             "a line ends where the new p is 1": dict(lw=0)}
+    handles = [plt.Line2D([], [], label=label, **style) for label, style in kinds.items()]
     head.legend(handles=handles, loc="lower left", ncols=4, fontsize=12, frameon=False)
     for strip, (title, names) in zip(strips, rows):
         strip.suptitle(title, x=0.012, y=1.0, ha="left", fontsize=15)
@@ -184,7 +189,8 @@ def errors():
         for _, case, arguments, loss, grad_sum in tests.GOLDEN:
             if case == name:
                 ours, grad, _ = tests.golden_run(name, arguments)
-                official.append((abs(ours.item() - loss), abs(grad.abs().sum().item() - grad_sum)))
+                size = grad.abs().sum().item()
+                official.append((abs(ours.item() - loss), abs(size - grad_sum)))
         table = "-"
         if name in tests.TABLE:
             table = f"{max(tests.table_error(name, seed) for seed in range(100)):.0e}"

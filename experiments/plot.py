@@ -241,16 +241,14 @@ def ladder(lines) -> list[str]:
         unlikely = [kept(line["ladder"][str(k)])[0] for line in some]
         rows.append([k, spaced(ratio_std(sums), 3), spaced(clipped(sums), 1),
                      spaced(kept(sums), 0), pm(*interval(unlikely))])
-    titles = ("std of the ratio", "clipped by ±0.2 (% of the bin's tokens)",
-              "share of the gradient (%)")
+    panels = {"std of the ratio": ratio_std, "clipped by ±0.2 (% of the bin's tokens)": clipped,
+              "share of the gradient (%)": kept}
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4))
     colors = plt.cm.viridis([0.0, 0.22, 0.45, 0.68, 0.9])
-    for b, color in enumerate(colors):
-        label = f"p from {b / BINS:g}"
-        for axis, value in zip(axes, (ratio_std, clipped, kept)):
+    for axis, (title, value) in zip(axes, panels.items()):
+        for b, color in enumerate(colors):
             curve = [value(sums)[b] for sums in rungs.values()]
-            axis.plot(LADDER, curve, "o-", color=color, label=label)
-    for axis, title in zip(axes, titles):
+            axis.plot(LADDER, curve, "o-", color=color, label=f"p from {b / BINS:g}")
         axis.set_title(title)
         axis.set_xscale("log", base=2)
         axis.set_xticks(LADDER, LADDER)

@@ -58,7 +58,7 @@ def attack(what):
 
 # ---- A run, and what became of it --------------------------------------------------------------
 
-def nothing():
+def nothing(*_):
     """The setup of a process that is left alone."""
 
 
@@ -73,7 +73,7 @@ def child(cwd, flags, setup, rank, world, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
                       WORLD_SIZE=str(world))
     train.RANK, train.WORLD, train.MAIN = rank, world, rank == 0
-    sys.argv = ["train.py", *map(str, flags)]
+    sys.argv = ["train.py", "--out", "r", *map(str, flags)]
     setup()
     train.main()
 
@@ -102,6 +102,12 @@ def end(ranks, seconds=300):
     return codes
 
 
+def go(cwd, steps, *flags, setup=nothing, world=1):
+    """Resumes run r, or begins it, and takes it to so many steps. Returns the exit codes."""
+    how = ["--resume"] if (cwd / "r/config.json").exists() else SMALL
+    return end(start(cwd, *how, "--steps", steps, *flags, setup=setup, world=world))
+
+
 def has_line(cwd, rank=0):
     """Whether the process ended with one line of train.py and without a traceback."""
     said = (cwd / f"said-{rank}").read_text()
@@ -109,17 +115,16 @@ def has_line(cwd, rank=0):
     return lines[-1].startswith("train.py: ") and "Traceback" not in said and "\x1b" not in said
 
 
-def resumed(cwd, whole, steps, *flags, world=1):
-    """The outcome, after a resume that nothing happens to; a run that has left no config.json is
-    simply started again."""
-    how = ["--resume"] if (cwd / "r/config.json").exists() else SMALL
-    codes = end(start(cwd, *how, "--out", "r", "--steps", steps, *flags, world=world))
-    return judge(cwd, codes[0], whole)
+def resumed(cwd, steps, *flags, world=1):
+    """The outcome, after a resume that nothing happens to."""
+    code = go(cwd, steps, *flags, world=world)[0]
+    return judge(cwd, code, undisturbed(steps, world))
 
 
-def judge(cwd, code, whole):
+def judge(cwd, code, whole=None):
+    """The outcome; `whole` is the run to compare with, where there is one."""
     if code == 0:
-        return "survived" if same(cwd / "r", whole) else "silent"
+        return "survived" if whole is None or same(cwd / "r", whole) else "silent"
     return "refused" if code == 1 and has_line(cwd) else "silent"
 
 
@@ -133,16 +138,16 @@ def same(run_dir, whole):
 
 
 def metrics(run_dir):
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line.keys() - TIMING} for line in lines]
 
 
-def place(base=None):
-    """A new directory with the warm start, and run `base` as r."""
+def place(steps=0, world=1):
+    """A new directory with the warm start, and with a run r of so many steps."""
     cwd = Path(tempfile.mkdtemp(dir=TOP))
     shutil.copytree(TOP / "runs", cwd / "runs")
-    if base:
-        shutil.copytree(base, cwd / "r", symlinks=True)
+    if steps:
+        shutil.copytree(undisturbed(steps, world), cwd / "r", symlinks=True)
     return cwd
 
 
@@ -151,8 +156,8 @@ def undisturbed(steps, world=1):
     path = TOP / f"whole-{steps}-{world}"
     if not path.exists():
         cwd = place()
-        flags = [*SMALL, "--steps", steps, "--out", "r"]
-        assert end(start(cwd, *flags, world=world)) == [0] * world, (cwd / "said-0").read_text()
+        codes = go(cwd, steps, world=world)
+        assert codes == [0] * world, (cwd / "said-0").read_text()
         assert max(m["grad_norm"] for m in metrics(cwd / "r")) > 1e-3
         (cwd / "r").rename(path)
     return path
@@ -165,10 +170,11 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
 def changes_files(event, args):
     """Whether an audit event is a file operation that changes something in the run directory."""
-    opened = event == "open" and args[1] is not None and set(args[1]) & set("wax+")
-    opened = opened or event == "open" and args[1] is None and args[2] & (os.O_WRONLY | os.O_RDWR)
-    name = str(args[0]) if opened or event in CHANGES else ""
-    return name == "r" or name.startswith("r/")
+    changes = event in CHANGES
+    if event == "open":
+        _, mode, how = args  # a mode, or None and the flags of os.open
+        changes = set(mode) & set("wax+") if mode else how & (os.O_WRONLY | os.O_RDWR)
+    return bool(changes) and str(args[0]).split("/")[0] == "r"
 
 
 def die_before(count):
@@ -185,23 +191,20 @@ def die_before(count):
 
 @attack("SIGKILL before every file operation of two steps with saves")
 def kill():
-    for count in itertools.count():
-        cwd = place()
-        code, = end(start(cwd, *SMALL, "--steps", 2, "--out", "r", setup=die_before(count)))
-        if code == 0:
-            return
-        yield f"before operation {count}", resumed(cwd, undisturbed(2), 2)
+    return killed(0, 2)
 
 
 @attack("SIGKILL before every file operation of a `--resume` of two steps")
 def kill_resume():
+    return killed(2, 4)
+
+
+def killed(base, steps):
     for count in itertools.count():
-        cwd = place(undisturbed(2))
-        flags = ["--resume", "--steps", 4, "--out", "r"]
-        code, = end(start(cwd, *flags, setup=die_before(count)))
-        if code == 0:
+        cwd = place(base)
+        if go(cwd, steps, setup=die_before(count)) == [0]:
             return
-        yield f"before operation {count}", resumed(cwd, undisturbed(4), 4)
+        yield f"before operation {count}", resumed(cwd, steps)
 
 
 # ---- Power cuts --------------------------------------------------------------------------------
@@ -242,9 +245,10 @@ class Recorder:
     def tree(self):
         """{path: inode, or None for a directory} of the run as it is now."""
         found = {}
-        for path in sorted([Path("r"), *Path("r").rglob("*")] if Path("r").is_dir() else []):
-            found[str(path)] = None
-            if path.is_file():
+        for path in (Path("r"), *sorted(Path("r").rglob("*"))):
+            if path.is_dir():
+                found[str(path)] = None
+            elif path.exists():
                 inode = path.stat().st_ino
                 found[str(path)] = inode
                 if inode not in self.open_files:
@@ -267,7 +271,8 @@ class Recorder:
     def fix(self, directory):
         """After fsync of a directory the names in it, and all that came before them, are kept."""
         def names_in(tree):
-            return {path: i for path, i in tree.items() if os.path.dirname(path) in (directory, "")}
+            return {path: inode for path, inode in tree.items()
+                    if os.path.dirname(path) in (directory, "")}
         for i in range(len(self.names) - 1, self.fixed, -1):
             if names_in(self.names[i]) != names_in(self.names[i - 1]):
                 self.fixed = i
@@ -300,48 +305,47 @@ def record():
 
 @attack("power cut at any moment of two steps with saves, every state the disk may have")
 def power_cut():
-    for base, steps in ((None, 2), (undisturbed(2), 4)):
-        how = ["--resume"] if base else SMALL
+    for base, steps in ((0, 2), (2, 4)):
         cwd = place(base)
-        code, = end(start(cwd, *how, "--steps", steps, "--out", "r", setup=record))
-        assert code == 0, (cwd / "said-0").read_text()
+        assert go(cwd, steps, setup=record) == [0], (cwd / "said-0").read_text()
         for image in sorted((TOP / f"{cwd.name}-images").iterdir()):
             shutil.copytree(TOP / "runs", image / "runs")
-            yield f"image {image}", resumed(image, undisturbed(steps), steps)
+            yield f"image {image}", resumed(image, steps)
 
 
 # ---- Damage ------------------------------------------------------------------------------------
 
 def files_of_checkpoint():
-    step = undisturbed(2) / "step-000002"
-    return [path.relative_to(undisturbed(2)) for path in sorted(step.rglob("*")) if path.is_file()]
+    run = undisturbed(2)
+    paths = sorted((run / "step-000002").rglob("*"))
+    return [path.relative_to(run) for path in paths if path.is_file()]
 
 
 @attack("one flipped bit, at random places of every file of a checkpoint")
 def bits():
     rng = random.Random(0)
     for file, _ in itertools.product(files_of_checkpoint(), range(5)):
-        cwd = place(undisturbed(2))
-        content = bytearray((cwd / "r" / file).read_bytes())
+        cwd = place(2)
+        path = cwd / "r" / file
+        content = bytearray(path.read_bytes())
         where = rng.randrange(len(content) * 8)
         content[where // 8] ^= 1 << where % 8
-        (cwd / "r" / file).write_bytes(content)
-        yield f"{file}, bit {where}", resumed(cwd, undisturbed(4), 4)
+        path.write_bytes(content)
+        yield f"{file}, bit {where}", resumed(cwd, 4)
 
 
 @attack("every file of a checkpoint missing, empty, or cut in half; then back to the one before")
 def cut():
     for file, share in itertools.product(files_of_checkpoint(), (None, 0, 0.5)):
-        cwd = place(undisturbed(2))
+        cwd = place(2)
         path = cwd / "r" / file
         content = path.read_bytes()
         path.unlink()
         if share is not None:
             path.write_bytes(content[:int(share * len(content))])
-        yield f"{file}, share {share}", resumed(cwd, undisturbed(4), 4)
+        yield f"{file}, share {share}", resumed(cwd, 4)
         if share == 0.5:
-            back = ["--resume_from", "step-000001"]
-            yield f"{file}, back", resumed(cwd, undisturbed(4), 4, *back)
+            yield f"{file}, back", resumed(cwd, 4, "--resume_from", "step-000001")
 
 
 # ---- Full disks --------------------------------------------------------------------------------
@@ -356,47 +360,54 @@ def files_at_most(size):
 @attack("no file larger than N bytes (12 sizes), then room again")
 def full_disk():
     for size in (0, 1, 100, 500, 1000, 1500, 2000, 3000, 5000, 8000, 14000, 30000):
-        cwd = place(undisturbed(2))
-        flags = ["--resume", "--steps", 4, "--out", "r"]
-        code, = end(start(cwd, *flags, setup=files_at_most(size)))
+        cwd = place(2)
+        code, = go(cwd, 4, setup=files_at_most(size))
         fine = code == 0 or size < 300 or has_line(cwd)  # the line itself must fit
-        yield f"{size} bytes", resumed(cwd, undisturbed(4), 4) if fine else "silent"
+        yield f"{size} bytes", resumed(cwd, 4) if fine else "silent"
 
 
 @attack("a real file system with N KB free (10 sizes; needs root), then room again")
 def full_file_system():
+    sizes = [path.stat().st_size for path in undisturbed(2).rglob("*")]
+    used = 4 * sum(1 + size // 4096 for size in sizes)  # KB, in whole pages
     for free in (0, 4, 8, 16, 24, 40, 60, 80, 100, 150):
         cwd = place()
         (cwd / "r").mkdir()
-        used = 4 * sum(1 + p.stat().st_size // 4096 for p in undisturbed(2).rglob("*"))
         mount = ["mount", "-t", "tmpfs", "-o", f"size={used + free}k", "torture", cwd / "r"]
         if subprocess.run(mount, capture_output=True).returncode:
             return
         try:
             shutil.copytree(undisturbed(2), cwd / "r", dirs_exist_ok=True)
-            code, = end(start(cwd, "--resume", "--steps", 4, "--out", "r"))
+            code, = go(cwd, 4)
             fine = code == 0 or has_line(cwd)
             subprocess.run(["mount", "-o", "remount,size=10m", cwd / "r"], check=True)
-            yield f"{free} KB", resumed(cwd, undisturbed(4), 4) if fine else "silent"
+            yield f"{free} KB", resumed(cwd, 4) if fine else "silent"
         finally:
             subprocess.run(["umount", cwd / "r"], check=True)
 
 
 # ---- Others at the same time -------------------------------------------------------------------
 
+def rooms(cwd, names):
+    """Directories in cwd that share its warm start."""
+    for name in names:
+        (cwd / name).mkdir()
+        (cwd / name / "runs").symlink_to(cwd / "runs")
+        yield cwd / name
+
+
 @attack("two processes at once in one `--out`: two runs, two resumes, a run and a resume")
 def two_at_once():
-    new, resume = [*SMALL, "--steps", 4], ["--resume", "--steps", 4]
-    for base, pair in ((None, (new, new)), (undisturbed(2), (resume, resume)),
-                       (undisturbed(2), (new, resume))) * 4:
-        cwd = place(base)
+    new, resume = SMALL, ["--resume"]
+    kinds = [(0, new, new), (2, resume, resume), (2, new, resume)]
+    for steps, *pair in kinds * 4:
+        cwd = place(steps)
+        both = list(rooms(cwd, "ab"))
         processes = []
-        for name, flags in zip("ab", pair):
-            (cwd / name).mkdir()
-            (cwd / name / "runs").symlink_to(cwd / "runs")
-            processes += start(cwd / name, *flags, "--out", cwd / "r")
+        for room, flags in zip(both, pair):
+            processes += start(room, *flags, "--steps", 4, "--out", cwd / "r")
         codes = end(processes)
-        lines = all(code == 0 or has_line(cwd / name) for name, code in zip("ab", codes))
+        lines = all(code == 0 or has_line(room) for room, code in zip(both, codes))
         fine = lines and 0 in codes and same(cwd / "r", undisturbed(4))
         yield f"{codes}", "survived" if fine else "silent"
 
@@ -406,25 +417,29 @@ def six_first_runs():
     for killed in (False, True):
         cwd = place()
         shutil.rmtree(cwd / "runs/warmstart")
+        six = list(rooms(cwd, "abcdef"))
         runs = []
-        for name in "abcdef":
-            (cwd / name).mkdir()
-            (cwd / name / "runs").symlink_to(cwd / "runs")
-            runs += start(cwd / name, *SMALL, "--steps", 2, "--out", "r")
+        for room in six:
+            runs += start(room, *SMALL, "--steps", 2)
         if killed:
-            while not list((cwd / "runs").glob("warmstart/*.lock")):
-                time.sleep(0.01)
-            owner = next((cwd / "runs").glob("warmstart/*.lock"))
-            while not owner.read_text():
-                time.sleep(0.01)
-            os.kill(int(owner.read_text()), signal.SIGKILL)
-        for name, code in zip("abcdef", end(runs)):
-            done = code == -signal.SIGKILL if killed else False
-            outcome = resumed(cwd / name, undisturbed(2), 2) if done else judge(
-                cwd / name, code, undisturbed(2))
-            yield f"{name} {code}", outcome
+            os.kill(owner_of_lock(cwd / "runs/warmstart"), signal.SIGKILL)
+        for room, code in zip(six, end(runs)):
+            if killed and code == -signal.SIGKILL:
+                outcome = resumed(room, 2)
+            else:
+                outcome = judge(room, code, undisturbed(2))
+            yield f"{room.name} {code}", outcome
         left = [p for p in (cwd / "runs/warmstart").iterdir() if p.name.startswith(".")]
         yield f"left behind {left}", "silent" if left else "survived"
+
+
+def owner_of_lock(directory) -> int:
+    """Its process, as soon as there is one."""
+    while True:
+        for lock in directory.glob("*.lock"):
+            if owner := lock.read_text():
+                return int(owner)
+        time.sleep(0.01)
 
 
 # ---- Ranks -------------------------------------------------------------------------------------
@@ -443,6 +458,11 @@ def at(function, rank, action):
     return setup
 
 
+def send(which):
+    signal.raise_signal(which)
+    time.sleep(0.2)  # until the thread has read it
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -455,29 +475,26 @@ def hang():
 def ranks():
     for rank, function, action in itertools.product((0, 1), ("sample", "update", "save"),
                                                     (die, hang)):
-        cwd = place(undisturbed(2, world=2))
-        both = start(cwd, "--resume", "--steps", 4, "--out", "r", world=2,
-                     setup=at(function, rank, action))
+        cwd = place(2, world=2)
+        setup = at(function, rank, action)
+        both = start(cwd, "--resume", "--steps", 4, setup=setup, world=2)
         other = both[1 - rank]
         code, = end([other], 120)
         end(both, 0)
         said = (cwd / f"said-{1 - rank}").read_text().strip().splitlines()
         ended_well = code == 1 and said[-1].startswith("train.py: rank")
-        outcome = resumed(cwd, undisturbed(4, world=2), 4, world=2)
+        outcome = resumed(cwd, 4, world=2)
         yield f"{action.__name__} rank {rank} in {function}", outcome if ended_well else "silent"
 
 
 @attack("SIGINT, SIGTERM or SIGHUP to one of two ranks")
 def signals():
-    for rank, which in itertools.product((0, 1), ("SIGINT", "SIGTERM", "SIGHUP")):
-        def action():
-            signal.raise_signal(getattr(signal, which))
-            time.sleep(0.2)  # until the thread has read it
-        cwd = place(undisturbed(2, world=2))
-        codes = end(start(cwd, "--resume", "--steps", 4, "--out", "r", world=2,
-                          setup=at("save", rank, action)))
-        outcome = resumed(cwd, undisturbed(4, world=2), 4, world=2)
-        yield f"{which} to rank {rank}", outcome if codes == [0, 0] else "silent"
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for rank, which in itertools.product((0, 1), kinds):
+        cwd = place(2, world=2)
+        codes = go(cwd, 4, setup=at("save", rank, partial(send, which)), world=2)
+        outcome = resumed(cwd, 4, world=2)
+        yield f"{which.name} to rank {rank}", outcome if codes == [0, 0] else "silent"
 
 
 def reader_that_dies():
@@ -491,18 +508,14 @@ def reader_that_dies():
 def terminal_that_closes():
     """A setup: nohup's, and the terminal closes in the middle."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    at("update", 0, send_hangup)()
-
-
-def send_hangup():
-    signal.raise_signal(signal.SIGHUP)
+    at("update", 0, partial(send, signal.SIGHUP))()
 
 
 @attack("the reader of the output dies (`head -1`); the terminal closes under `nohup`")
 def output():
     for setup in (reader_that_dies, terminal_that_closes):
-        cwd = place(undisturbed(2))
-        code, = end(start(cwd, "--resume", "--steps", 4, "--out", "r", setup=setup))
+        cwd = place(2)
+        code, = go(cwd, 4, setup=setup)
         yield setup.__name__, judge(cwd, code, undisturbed(4))
 
 
@@ -550,7 +563,8 @@ class Attack:
         return os.system, (f"touch {self.path}",)
 
 
-WRONG = (None, [], {"a": 1}, "\x1b[31mx", "../..", 1e999, 10**30, -1, True, [["--out", "victim"]])
+WRONG = (None, [], {"a": 1}, "\x1b[31mx", "../..",
+         1e999, 10**30, -1, True, [["--out", "victim"]])
 TEXTS = ("", "[]", "{}", "{", "null", "\xff", "[" * 100_000, '{"checksums": "x"}')
 
 
@@ -570,15 +584,15 @@ def edit_state(key, value, r):
     write("step-000002/resume/checksums.json", json.dumps(sums), r)
 
 
-def edit_metrics(key, value, r):
-    lines = [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
-    lines[0][key] = value
-    write("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines), r)
-
-
 def spoil_metrics(line, r):
+    """Another first line."""
     lines = (r / "metrics.jsonl").read_text().splitlines()
     write("metrics.jsonl", "\n".join([line, *lines[1:], ""]), r)
+
+
+def edit_metrics(key, value, r):
+    first = (r / "metrics.jsonl").read_text().splitlines()[0]
+    spoil_metrics(json.dumps(json.loads(first) | {key: value}), r)
 
 
 def put_pickle(name, r):
@@ -622,19 +636,15 @@ def hostile_files():
 @attack("run directories from strangers: pickles, links, names and numbers of every wrong kind")
 def strangers():
     for what, change in hostile_files():
-        cwd = place(undisturbed(2))
+        cwd = place(2)
         (cwd / "victim").write_text("mine")
         change(cwd / "r")
-        code, = end(start(cwd, "--resume", "--steps", 3, "--out", "r"), 300)
-        harmed = (cwd / "touched").exists() or (cwd / "victim").read_text() != "mine"
-        yield what, "silent" if harmed else ended(cwd, code)
+        code, = go(cwd, 3)
+        yield what, judge(cwd, code) if unharmed(cwd) else "silent"
 
 
-def ended(cwd, code):
-    """The outcome where there is nothing to compare with."""
-    if code == 0:
-        return "survived"
-    return "refused" if code == 1 and has_line(cwd) else "silent"
+def unharmed(cwd):
+    return not (cwd / "touched").exists() and (cwd / "victim").read_text() == "mine"
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size",
@@ -681,10 +691,9 @@ def strange_models():
         shutil.copytree(undisturbed(2) / "step-000002", cwd / "m")
         (cwd / "victim").write_text("mine")
         change(cwd / "m")
-        flags = [*SMALL, "--model", "m", "--steps", 1, "--out", "r"]
-        code, = end(start(cwd, *flags), 90)
-        copied = [p for p in (cwd / "r").rglob("vocab.txt")]
-        yield what, "silent" if (cwd / "touched").exists() or copied else ended(cwd, code)
+        code, = go(cwd, 1, "--model", "m")
+        copied = list((cwd / "r").rglob("vocab.txt"))
+        yield what, judge(cwd, code) if unharmed(cwd) and not copied else "silent"
 
 
 # ---- The table ---------------------------------------------------------------------------------
@@ -692,7 +701,7 @@ def strange_models():
 def prepare():
     """The warm start, and in this process what every child would import and make again."""
     sys.stderr.flush()
-    train.draw_curves = nothing_drawn
+    train.draw_curves = nothing  # a second each
     whole_load = data.load
 
     def load(name, split="train", n=None, **kw):
@@ -701,10 +710,6 @@ def prepare():
     os.chdir(TOP)
     path = train.small_model(train.parse(SMALL))
     data.load_tokenizer(path)
-
-
-def nothing_drawn(*_):
-    """In the place of draw_curves: a second each."""
 
 
 def main():

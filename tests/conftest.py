@@ -1,6 +1,7 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two spinning threads on a busy machine are slower than one
+# Before torch is imported: two spinning threads on a busy machine are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402

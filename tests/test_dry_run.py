@@ -88,9 +88,12 @@ def test_the_peak_is_what_a_process_takes(case):
     raw = SMALL | case
     counted = flags(1, "--tokens_per_microbatch", str(tokens), "--recompute", str(recompute),
                     "--lora", str(lora))
-    with pytest.MonkeyPatch.context() as as_on_a_cpu:  # SDPA repeats no keys and values here,
-        kernel = dry_run.Kernel  # and RMSNorm keeps its products
-        as_on_a_cpu.setattr(dry_run, "attention", lambda k, q, *kv: kernel.apply(q, *kv[:2]))
+    kernel = dry_run.Kernel
+
+    def attention(_, q, k, v, *__):  # SDPA repeats no keys and values here
+        return kernel.apply(q, k, v)
+    with pytest.MonkeyPatch.context() as as_on_a_cpu:
+        as_on_a_cpu.setattr(dry_run, "attention", attention)
         as_on_a_cpu.setattr(dry_run, "Kernel", Norm)
         said = dry_run.measure(raw, 1, counted, dtype=torch.float32)["update"]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -174,7 +177,8 @@ def test_nonsense_is_one_line(args, words, monkeypatch):
 
 
 def test_published_shapes_have_their_published_size():
-    for name, billions in (("0.5B", 0.494), ("1.5B", 1.544), ("3B", 3.086), ("7B", 7.616)):
+    sizes = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616}
+    for name, billions in sizes.items():
         c = dry_run.Config.from_dict(dry_run.architecture(f"Qwen/Qwen2.5-{name}"))
         with torch.device("meta"):
             count = sum(p.numel() for p in dry_run.Model(c).parameters())

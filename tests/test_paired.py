@@ -27,8 +27,10 @@ def write(directory, scores, groups=None, ids=None, answer="7"):
 
 def test_the_paired_difference_and_its_error(tmp_path):
     """Paired by id, in any order, over the questions that both have."""
-    a = write(tmp_path / "a", [[1, 1], [0, 1], [0, 0], [1, 1]], ids="wxyz")
-    b = write(tmp_path / "b", [[0, 0], [0, 0], [1, 0], [1, 1]], ids="zyxv")
+    ours = [[1, 1], [0, 1], [0, 0], [1, 1]]
+    theirs = [[0, 0], [0, 0], [1, 0], [1, 1]]
+    a = write(tmp_path / "a", ours, ids="wxyz")
+    b = write(tmp_path / "b", theirs, ids="zyxv")
     found = paired.paired(a, b, "t")
     d = [0.5 - 0.5, 0 - 0, 1 - 0]  # x, y, z
     assert found["difference"] == pytest.approx(sum(d) / 3) and found["questions"] == 3
@@ -49,7 +51,8 @@ def test_the_verdict_is_noise_below_two_standard_errors(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    a, b = write(tmp_path / "a", [[1]] * 6 + [[0]] * 6), write(tmp_path / "b", [[0]] * 12)
+    a = write(tmp_path / "a", [[1]] * 6 + [[0]] * 6)
+    b = write(tmp_path / "b", [[0]] * 12)
     monkeypatch.setattr(sys, "argv", ["paired.py", str(a), str(b)])
     paired.main()
     line = capsys.readouterr().out.splitlines()[1].split()

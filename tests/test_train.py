@@ -797,8 +797,8 @@ def test_a_lora_run_leaves_a_whole_model_and_an_adapter(run, warm):
 
 
 def test_the_reference_is_the_model_without_its_adapters(monkeypatch):
-    """No second copy: at first the KL is 0 and so is its gradient, later it is that to a copy of the
-    initial model."""
+    """No second copy: at first the KL is 0 and so is its gradient, later it is that to a copy of
+    the initial model."""
     def adapted():
         model = small_net()
         model.add_lora(2, 4, "")
@@ -922,8 +922,9 @@ def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch(rollouts):
     ids = torch.tensor([r.tokens + [0] * (width - len(r.tokens)) for r in rollouts])
     mask, old_logp = torch.zeros(12, width - 1), torch.zeros(12, width - 1)
     for i, r in enumerate(rollouts):
-        mask[i, r.prompt_len - 1:len(r.tokens) - 1] = torch.tensor(r.drawn or [1] * r.length)
-        old_logp[i, r.prompt_len - 1:len(r.tokens) - 1] = torch.tensor(r.logp)
+        response = slice(r.prompt_len - 1, len(r.tokens) - 1)
+        mask[i, response] = torch.tensor(r.drawn or [1] * r.length)
+        old_logp[i, response] = torch.tensor(r.logp)
 
     def logp(net):
         z = (net(ids)[:, :-1] / 0.7).log_softmax(-1)
@@ -1028,7 +1029,8 @@ def test_the_gap_is_summed_over_parts_and_taken_from_rho_before_any_bound():
         meter.compare(sampler[part], trainer[part])
     means, rho = meter.means(), (trainer - sampler).double().exp()
     assert means["sampler_kl"] == pytest.approx((rho - 1 - rho.log()).mean().item())
-    assert means["sampler_ess"] == pytest.approx((rho.sum()**2 / (60 * (rho**2).sum())).item())
+    ess = rho.sum()**2 / (60 * (rho**2).sum())
+    assert means["sampler_ess"] == pytest.approx(ess.item())
     assert means["sampler_max"] == pytest.approx(rho.log().abs().max().item())
 
 
@@ -1036,7 +1038,8 @@ def test_temperature_scales_the_trained_log_probs():
     flags, rollouts = train.Flags(temperature=0.5), rollouts_for(1)
     model, rollout = small_net(), rollouts[0]
     logits = model(torch.tensor([rollout.tokens]))[0] / 0.5
-    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(rollout.tokens[1:])[:, None])
+    targets = torch.tensor(rollout.tokens[1:])[:, None]
+    expected = logits.log_softmax(-1)[:-1].gather(1, targets)
     got = train.token_stats(model, rollouts, flags).logp
     assert torch.allclose(got[0], expected[rollout.prompt_len - 1:, 0], atol=1e-5)
 
@@ -1045,13 +1048,15 @@ def test_the_stop_token_is_trained_and_token_values_decide_nothing():
     """Peers drop the stop token's gradient, or mask by the value of the padding id: here a pad id
     inside a response, or as its end, counts like any other token."""
     model = small_net(pad_token_id=3, eos_token_id=3)
-    rollouts = [Rollout([5, 6, 3, 7, 3], 2, [-1.0] * 3, True), Rollout([5, 6, 8], 2, [-1.0], True)]
+    rollouts = [Rollout([5, 6, 3, 7, 3], 2, [-1.0] * 3, True),
+                Rollout([5, 6, 8], 2, [-1.0], True)]
     tokens = train.token_stats(model, rollouts, train.Flags(samples=2))
     assert tokens.mask.tolist() == [[True] * 3, [True, False, False]]
-    z = model(torch.tensor([[5, 6, 3, 7, 3]]))[0].log_softmax(-1)
-    assert torch.allclose(tokens.logp[0], torch.stack([z[1, 3], z[2, 7], z[3, 3]]), atol=1e-5)
-    loss, _ = losses.policy_loss("gpg", tokens.logp, tokens.old_logp, torch.tensor([1.0, -1.0]),
-                                 tokens.mask)
+    z = model(torch.tensor([rollouts[0].tokens]))[0].log_softmax(-1)
+    expected = z[[1, 2, 3], [3, 7, 3]]
+    assert torch.allclose(tokens.logp[0], expected, atol=1e-5)
+    adv = torch.tensor([1.0, -1.0])
+    loss, _ = losses.policy_loss("gpg", tokens.logp, tokens.old_logp, adv, tokens.mask)
     loss.backward()
     assert model.lm_head.weight.grad[3].abs().max() > 0
 
@@ -1070,8 +1075,9 @@ def gradient_by_token(rollouts):
     rollouts, = train.microbatches(rollouts, 10**6)
     assert train.update(run, rollouts, {}, train.Meter()) > 1e-3
     _, rows, _ = pack([r.tokens for r in rollouts], [r.prompt_len for r in rollouts], "cpu")
+    largest = seen[0].abs().amax(-1)
     at = [row[r.prompt_len - 1:] for r, row in zip(rollouts, rows)]
-    return rollouts, [[seen[0][place].abs().max().item() for place in places] for places in at]
+    return rollouts, [[largest[place].item() for place in places] for places in at]
 
 
 def test_what_a_tool_says_has_no_gradient():
@@ -1103,7 +1109,8 @@ def test_the_trainers_own_log_probs_take_the_places_of_the_policys_tokens():
 
 
 def test_replies_count_towards_too_long_and_not_towards_length():
-    one = Rollout([1, 2, 3, 4], 1, [-1.0, 0.0, 0.0], True, drawn=[True, False, False])
+    one = Rollout([1, 2, 3, 4], 1, [-1.0, 0.0, 0.0], True)
+    one.drawn = [True, False, False]
     two = Rollout([1, 2], 1, [-1.0], True)
     train.assign_advantages([one, two], train.Flags(samples=2, max_new_tokens=4, overlong_buffer=2,
                                                     advantage="reward", loss="gpg"))
@@ -1188,7 +1195,8 @@ def test_groups_never_mix(run, monkeypatch):
 
 
 def test_minibatches_partition_the_rollout():
-    for prompts, samples, updates in ((5, 4, 2), (5, 4, 5), (5, 4, 7), (3, 1, 3), (1, 6, 4)):
+    cases = [(5, 4, 2), (5, 4, 5), (5, 4, 7), (3, 1, 3), (1, 6, 4)]
+    for prompts, samples, updates in cases:
         flags = train.Flags(prompts=prompts, samples=samples, updates=updates)
         rollouts = [Rollout([1, 2], 1, [0.0], True) for _ in range(prompts * samples)]
         batches = train.minibatches(rollouts, flags)
@@ -1199,13 +1207,13 @@ def test_minibatches_partition_the_rollout():
 
 
 def test_minibatches_by_samples_hold_the_same_samples_of_every_group():
-    """WAPO's: rows are sample-major there, so that a mini-batch has n / K samples of all prompts."""
+    """WAPO's: rows are sample-major there, so a mini-batch has n / K samples of all prompts."""
     def sampled(flags):
         rollouts = [Rollout([g, j], 1, [0.0], True, group=g)
                     for g in range(flags.prompts) for j in range(flags.samples)]
         return [[tuple(r.tokens) for r in batch] for batch in train.minibatches(rollouts, flags)]
     flags = train.Flags(loss="wapo", prompts=3, samples=8, updates=4)
-    assert sampled(flags)[1] == [(0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3)]
+    assert sampled(flags)[1] == [(g, j) for j in (2, 3) for g in range(3)]
     groups = train.Flags(loss="wapo", minibatch="groups", prompts=4, samples=2, updates=4)
     assert sampled(groups)[1] == [(1, 0), (1, 1)]
     many = train.Flags(loss="grpo", minibatch="samples", prompts=3, samples=2, updates=6)
@@ -1401,7 +1409,8 @@ def test_tensorboard(run, monkeypatch):
     ("--correction tis", "nothing is left to correct"), ("--rollout_dtype int8", "--rollout_dtype"),
     ("--correction tsi --old_logp trainer", "nearest: tis"), ("--correction_args high=3", "high=3"),
     ("--correction tis --old_logp trainer --correction_args hihg=3", "--correction_args hihg=3"),
-    ("--correction tis --old_logp trainer --correction_args high=big", "--correction_args high=big"),
+    ("--correction tis --old_logp trainer --correction_args high=big",
+     "--correction_args high=big"),
     ("--shards_per_replica 2", "--shards_per_replica 2"), ("--offload", "--offload"),
     ("--tool serch", "--tool"), ("--tool facts", "--tool facts: this --data has no facts"),
     ("--tool search", "chainsum has no passages"), ("--turns 0", "--turns"),
@@ -1447,7 +1456,8 @@ def test_the_first_lines_say_what_comes(run, capsys):
     assert f"a new small model: {count:,} parameters on 1 x cpu" in model
     assert "6 x 8 responses of up to 6 tokens, 288 at most" in work and "before the first" in work
     said = float(memory.split()[4]) * 2**20
-    assert said == pytest.approx(5 * 4 * count, abs=2**20 / 20)  # float32: w, gradient, 2 moments, start
+    # float32: weights, gradient, two moments, the start
+    assert said == pytest.approx(5 * 4 * count, abs=2**20 / 20)
     assert "KV cache of up to 2 GiB, forward passes over 4,096 tokens" in memory
 
 
