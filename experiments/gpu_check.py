@@ -211,7 +211,7 @@ def train_loop(args) -> dict:
         train.start_ranks(flags)
         run = train.set_up(flags)
         run.scorer.close()
-        run.scorer = coins
+        run.scorer = every_other
         run.questions = [q._replace(ids=random_prompt(i, raw["vocab_size"]))
                          for i, q in enumerate(run.questions)]
         train.train(run)
@@ -266,10 +266,10 @@ def nothing(*_):
     pass
 
 
-def coins(to_grade):
+def every_other(to_grade):
     """In the place of the graders: random weights are never right, and where all scores are equal
     every gradient is 0."""
-    return [(float(random.random() < 0.5), "ok") for _ in to_grade]
+    return [(float(i % 2), "ok") for i in range(len(to_grade))]
 
 
 def random_prompt(seed, vocab_size) -> list[int]:
