@@ -231,20 +231,6 @@ def fit(raw, gpus, flags, m, card) -> tuple[float, int]:
     return (left, sequences) if sequences else (min(left, -1.0), 0)
 
 
-def remedies(gpus, flags):
-    """What to turn, one after the other: (words, GPUs, flags); each keeps the changes before it."""
-    least = min(flags.tokens_per_microbatch, longest_sequence(flags))
-    steps = {"--recompute": {"recompute": True},
-             f"and --tokens_per_microbatch {least}": {"tokens_per_microbatch": least},
-             "and --offload (slower)": {"offload": True}}
-    for words, change in steps.items():
-        turned = dataclasses.replace(flags, **change)
-        if turned != flags:
-            flags = turned
-            yield words, gpus, flags
-    yield f"and {4 * gpus} GPUs", 4 * gpus, dataclasses.replace(flags, shards_per_replica=0)
-
-
 def report(gpus, flags) -> dict:
     """Print what a rank of `gpus` needs and on which cards it fits; what would help an 80 GB card,
     if it does not. Returns measure()'s numbers and "fits", {card: sequences at once}."""
@@ -267,9 +253,17 @@ def report(gpus, flags) -> dict:
         print(f"  {card}: {verdict}; {sequences:,} of {rows:,} responses sampled at once")
     if not fits["80 GB"]:
         print("What to turn for 80 GB:")
-        for words, n, turned in remedies(gpus, flags):
-            better = measure(raw, n, turned)
-            helped = fit(raw, n, turned, better, CARDS["80 GB"])[0] >= 0
+        least = min(flags.tokens_per_microbatch, longest_sequence(flags))
+        steps = {"--recompute": {"recompute": True},
+                 f"and --tokens_per_microbatch {least}": {"tokens_per_microbatch": least},
+                 "and --offload (slower)": {"offload": True}}
+        for words, change in steps.items():
+            turned = dataclasses.replace(flags, **change)
+            if turned == flags:
+                continue
+            flags = turned  # each step keeps those before it
+            better = measure(raw, gpus, flags)
+            helped = fit(raw, gpus, flags, better, CARDS["80 GB"])[0] >= 0
             print(f"  {words}: update {better['update']:.1f} GiB{', fits' if helped else ''}")
             if helped:
                 break
