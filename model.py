@@ -227,8 +227,8 @@ class Causal:
 
 
 def varlen(kernel, q, k, v, borders, longest):
-    """Causal attention over packed sequences by a GPU's kernels, without padding. They take head
-    sizes in steps of 8."""
+    """Causal attention over packed sequences by a GPU's kernels, without padding. PyTorch's takes
+    head sizes in steps of 8."""
     if kernel == "flash-attn":
         return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)
     k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]  # no GQA in 2.11
@@ -425,9 +425,6 @@ def log_probs(h, W, temperature):
 
 # ---- The model ----
 
-PEFT_PREFIX = "base_model.model.model."  # before the names of an adapter's tensors
-
-
 class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -519,7 +516,7 @@ class Model(nn.Module):
 
     def adapters(self) -> dict[str, Tensor]:
         """LoRA's tensors, by the names that PEFT gives them."""
-        return {f"{PEFT_PREFIX}{name}.weight": p
+        return {f"base_model.model.model.{name}.weight": p
                 for name, p in self.named_parameters() if ".lora_" in name}
 
     def use_lora(self, on):
@@ -819,8 +816,9 @@ def weight_files(source) -> list[Path]:
     if not index.is_file():
         raise FileNotFoundError(f"{source}: no model.safetensors here; perhaps .bin weights, which "
                                 "are not read, or a LoRA adapter; merge it into its base first")
+    listed = read_json(index)
     with naming(index):
-        names = {str(name) for name in read_json(index)["weight_map"].values()}
+        names = {str(name) for name in listed["weight_map"].values()}
     files = sorted(source / name for name in names)
     for file in files:
         if file.parent != source:
