@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from eval import read_rows  # noqa: E402
 from experiments.plot import plt  # noqa: E402
 
 RESULTS = HERE / "results/default_run.json"
@@ -34,8 +35,8 @@ def one_run(flags, seed) -> dict:
                         "--eval_every", "5", *flags.split()], cwd=directory, check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wall = time.time() - began
-        lines = (Path(directory) / "runs/default/metrics.jsonl").read_text().splitlines()
-    curve = [{key: json.loads(line)[key] for key in KEPT} for line in lines]
+        metrics = read_rows(Path(directory) / "runs/default/metrics.jsonl")
+    curve = [{key: m[key] for key in KEPT} for m in metrics]
     return {"flags": flags, "seed": seed, "wall_seconds": round(wall, 1),
             "first": curve[0]["eval"], "last": curve[-1]["eval"], "curve": curve}
 

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import train  # noqa: E402
+from eval import read_rows  # noqa: E402
 from experiments.default_run import curves, mark  # noqa: E402
 from experiments.plot import interval, pm  # noqa: E402
 
@@ -59,8 +60,7 @@ def one_run(name, seed) -> dict:
     began = cpu_seconds()
     subprocess.run([sys.executable, *program, *flags], check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    curve = [{key: json.loads(line)[key] for key in KEPT} for line in lines]
+    curve = [{key: m[key] for key in KEPT} for m in read_rows(out / "metrics.jsonl")]
     return {"name": name, "seed": seed, "flags": " ".join(flags),
             "first": curve[0]["eval"], "last": curve[-1]["eval"],
             "cpu_seconds": round(cpu_seconds() - began, 1), "curve": curve}

@@ -41,6 +41,7 @@ from safetensors.torch import load_file  # noqa: E402
 import data  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
+from eval import read_rows  # noqa: E402
 
 SMALL = """--width 16 --layers 1 --skill_steps 10 --habit_steps 70 --prompts 6 --samples 8
 --updates 2 --eval_problems 4 --max_new_tokens 6 --lr 0.003 --save_every 1""".split()
@@ -138,7 +139,7 @@ def same(run_dir, whole):
 
 
 def metrics(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_rows(run_dir / "metrics.jsonl")
     return [{key: line[key] for key in line.keys() - TIMING} for line in lines]
 
 
