@@ -16,7 +16,6 @@ import io
 import json
 import math
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -134,10 +133,11 @@ def tuned(lines, spec, updates, task) -> float:
     areas = {}
     for lr in LRS[task][updates]:
         some = pick(lines, task=task, loss=spec, updates=updates, lr=lr, flags=TASKS[task])
-        areas[lr] = sum(line["auc"] for line in some if line["seed"] in TUNING)
-        if {line["seed"] for line in some}.isdisjoint(TUNING):
+        some = [line for line in some if line["seed"] in TUNING]
+        if not some:
             raise ValueError(f"{task}, {spec}, {updates} updates: no lines of the tuning seeds at "
                              f"lr {lr:g}; first --grid lr --task {task}")
+        areas[lr] = sum(line["auc"] for line in some)
     return max(areas, key=areas.get)
 
 
