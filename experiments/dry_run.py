@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -100,6 +101,10 @@ def attention(kernel, q, k, v, borders, longest):
     return Kernel.apply(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
 
 
+def rms_norm(x, shape, weight, eps):
+    return Kernel.apply(x, weight)
+
+
 def exact_logits(h, W):
     return h.new_empty(len(h), len(W), dtype=torch.float32)
 
@@ -109,20 +114,14 @@ def pretended(gpus, shards, dtype):
     """The device mesh of rank 0 of `gpus`, all in this process: collectives do nothing, tensors
     made inside have no data, and what depends on the device is as on a GPU."""
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-    instead = {
-        (network, "attention_kernel"): lambda device, dtype: "torch varlen",
-        (network, "varlen"): attention,
-        (network, "exact_logits"): exact_logits,
-        (network, "product"): torch.nn.functional.linear,
-        (torch.nn.functional, "rms_norm"): lambda x, shape, weight, eps: Kernel.apply(x, weight),
-        (train, "compute_dtype"): lambda: dtype}
+    as_on_a_gpu = {"attention_kernel": lambda device, dtype: "torch varlen", "varlen": attention,
+                   "exact_logits": exact_logits, "product": F.linear}
     try:
         shape = (gpus // shards, shards)  # as train.load_model has it
         mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replica", "shard"))
-        with ExitStack() as stack:
-            for (place, name), value in instead.items():
-                stack.enter_context(patch.object(place, name, value))
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        with (patch.multiple(network, **as_on_a_gpu), patch.object(F, "rms_norm", rms_norm),
+              patch.object(train, "compute_dtype", lambda: dtype),
+              FakeTensorMode(allow_non_fake_inputs=True)):
             yield mesh if shards < gpus else mesh["shard"]
     finally:
         dist.destroy_process_group()

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -199,12 +198,9 @@ def train_loop(args) -> dict:
         peak = torch.cuda.max_memory_allocated() if CUDA else 0
         seen.append((sum(len(r.tokens) for r in minibatch), seconds, peak))
         return norm
-    with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
-        for place, name, other in ((Model, "from_config", from_config),
-                                   (Model, "load_weights", randomise),
-                                   (train, "save", nothing), (train, "draw_curves", nothing),
-                                   (train, "update", update)):
-            stack.enter_context(patch.object(place, name, other))
+    with (tempfile.TemporaryDirectory() as out,
+          patch.multiple(Model, from_config=from_config, load_weights=randomise),
+          patch.multiple(train, save=nothing, draw_curves=nothing, update=update)):
         data.char_tokenizer("chainsum").save_pretrained(f"{out}/model")
         flags = train.parse([*workload(train.WORLD), "--model", f"{out}/model",
                              "--out", f"{out}/run", *args.train_flags])
