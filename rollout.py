@@ -251,8 +251,8 @@ class Batch:
             response = d.drawn[row, :made[row]].tolist()
             logp = d.logp[row, :made[row]].tolist()
             finished = response[-1] in self.ends or row in self.stopped
-            tokens = request.prompt + response
-            request.result = Rollout(tokens, len(request.prompt), logp, finished)
+            request.result = Rollout(request.prompt + response, len(request.prompt), logp,
+                                     finished)
         self.stopped.clear()
         return over
 
@@ -381,8 +381,8 @@ class Decoder:
         prompts = [prompt for _, prompt in new]
         ids, rows, _ = pack(prompts, [1] * len(prompts), self.device)
         positions, attend_prompts = causal(rows, self.device, self.cache.kv.dtype)
-        slot = torch.tensor([slot for (slot, _), row in zip(new, rows) for _ in row])
-        slot = slot.to(self.device)  # (N,) of each token
+        slot = torch.tensor([slot for (slot, _), row in zip(new, rows) for _ in row],
+                            device=self.device)  # (N,) of each token
         self.cache.grow(self.slots, max(map(len, rows)))
 
         def attend(layer, q, k, v):
@@ -392,8 +392,8 @@ class Decoder:
 
     def start(self, slots, requests):
         """`requests` begin in `slots`, whose cache holds their prompts but for the last tokens."""
-        last = torch.tensor([[r.prompt[-1], len(r.prompt) - 1, 0, 1, r.limit] for r in requests])
-        self.state[:, slots] = last.T.to(self.device)
+        last = [[r.prompt[-1], len(r.prompt) - 1, 0, 1, r.limit] for r in requests]
+        self.state[:, slots] = torch.tensor(last, device=self.device).T
         u = torch.stack([uniforms(r.prompt, r.seed, r.sample, self.max_new_tokens)
                          for r in requests])
         self.u[slots, :-1] = u.to(self.device)
@@ -456,7 +456,6 @@ class Cache:
                 return o[:, 0]
             return attend
 
-        heads, h = self.kv.shape[-2:]
         if self.kernel == "torch varlen":  # sequences of self.length places, of which some count
             border = torch.arange(n + 1, device=device, dtype=torch.int32)
             border_k = border * self.length
@@ -466,9 +465,10 @@ class Cache:
                 self.store(layer, slot, position, k, v)
                 K, V = self.kv[layer, :, :n].flatten(1, 2)
                 return varlen_attn(q, K, V, border, border_k, 1, self.length, seqused_k=used,
-                                   enable_gqa=q.shape[1] != heads)
+                                   enable_gqa=True)
             return attend
 
+        heads, h = self.kv.shape[-2:]
         unseen = torch.arange(length, device=device) > position[:, None]  # (n,length)
         mask = self.kv.new_zeros(n, length).masked_fill_(unseen, -torch.inf)
         mask = mask.repeat_interleave(heads, 0)[:, None]  # (n*Hkv,1,length)

@@ -636,7 +636,7 @@ def fake_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
     assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32 and max_q == 1
     assert key.is_contiguous() and cu_seq_k[-1] == len(key) and max_k == cu_seq_k[1]
     assert cu_seq_q.tolist() == list(range(len(query) + 1)) and seqused_k.max() <= max_k
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert enable_gqa or query.shape[1] == key.shape[1]
     out = torch.empty_like(query)
     for b, n in enumerate(seqused_k.tolist()):
         places = slice(cu_seq_k[b], cu_seq_k[b] + n)
