@@ -481,13 +481,13 @@ class Model(nn.Module):
         ids (N,), `rows`: the places that each sequence has in it, and targets (N,), the id to be
         predicted at each place or -1 for none: (logp, entropy, sum p^2) at the places that have
         one, in order; float32, only logp with gradient."""
-        dtype = self.embed_tokens.weight.dtype
         if rows is None:
             B, T = ids.shape
             rows = [range(i * T, i * T + T) for i in range(B)]
-            hidden = self.body(ids.flatten(), *causal(rows, ids.device, dtype))
-            return product(hidden, self.head_weight).view(B, T, -1)
-        hidden = self.body(ids, *causal(rows, ids.device, dtype))
+        dtype = self.embed_tokens.weight.dtype
+        hidden = self.body(ids.flatten(), *causal(rows, ids.device, dtype))
+        if targets is None:
+            return product(hidden, self.head_weight).view(*ids.shape, -1)
         at = (targets >= 0).nonzero()[:, 0]
         return TokenLogp.apply(hidden[at], self.head_weight, targets[at], temperature)
 

@@ -549,9 +549,9 @@ def check(model, prompts, seeds, n, limits, temperature, top_p, stop, tokenizer)
     need(all(stop), "a stop string is empty; leave it out")
     need(tokenizer or not stop, "stop strings need tokenizer=")
     for i, prompt in enumerate(prompts):
-        need(prompt, f"prompt {i} is empty")
-        need(0 <= min(prompt) and max(prompt) < model.config.vocab_size,
-             f"prompt {i} has a token id outside the vocabulary of {model.config.vocab_size}")
+        need(prompt and 0 <= min(prompt) and max(prompt) < model.config.vocab_size,
+             f"prompt {i} is empty, or has a token id outside the vocabulary of "
+             f"{model.config.vocab_size}")
 
 
 def slots_that_fit(model, length, kv_tokens):
@@ -611,6 +611,8 @@ def main():
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         rollout = generate(model, [ids], eos_ids=ends, tokenizer=tokenizer, **how)[0]
         print(visible(tokenizer.decode(rollout.tokens[len(ids):])))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"rollout.py: {data.first_line(error)}")
 
