@@ -227,12 +227,15 @@ class Causal:
 
 
 def varlen(kernel, q, k, v, borders, longest):
-    """Causal attention over packed sequences by a GPU's kernels, without padding. PyTorch's takes
-    head sizes in steps of 8."""
+    """Causal attention over packed sequences by a GPU's kernels, without padding."""
     if kernel == "flash-attn":
         return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)
     k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]  # no GQA in 2.11
-    return varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+    h = q.shape[-1]
+    more = -h % 8  # PyTorch's takes head sizes in steps of 8, and scales by the size that it sees
+    q, k, v = [F.pad(x, (0, more)) for x in (q * ((h + more) / h)**0.5, k, v)]
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+    return out[..., :h]
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -249,14 +252,17 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 # PyTorch's float32 matmul (MKL) keeps to AVX2 on AMD's cores; oneDNN, which comes with PyTorch,
 # takes their AVX-512 and is up to twice as fast. On Intel's cores MKL takes it too. A call of
-# oneDNN costs 25 us more: it gets products of at least ONEDNN_FROM multiplications.
+# oneDNN costs 25 us more: it gets products of at least ONEDNN_FROM multiplications. RLVR_ONEDNN=1
+# or 0 overrides.
 def onednn_is_faster() -> bool:
+    if "RLVR_ONEDNN" in os.environ:
+        return os.environ["RLVR_ONEDNN"] == "1"
     cpus = Path("/proc/cpuinfo")
     amd = cpus.is_file() and "AuthenticAMD" in cpus.open().read(1000)
     return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-ONEDNN = onednn_is_faster()
+ONEDNN = onednn_is_faster() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_FROM = 2**21
 
 

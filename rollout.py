@@ -413,7 +413,7 @@ class Cache:
     def __init__(self, model, slots, length):
         c = model.config
         weight = model.embed_tokens.weight
-        self.kernel = decode_kernel(weight.device, weight.dtype)
+        self.kernel = decode_kernel(weight.device, weight.dtype, c.head_dim)
         self.length = length
         tokens = length, c.num_key_value_heads
         if self.kernel == "matmul":  # in memory the tokens of a head lie together
@@ -482,13 +482,14 @@ class Cache:
         return attend
 
 
-def decode_kernel(device, dtype) -> str:
-    """What attends to the cache: flash-attn if installed, else PyTorch's copy of it from where that
-    can read a part of each sequence (2.12), else two batched matmuls."""
+def decode_kernel(device, dtype, head_dim) -> str:
+    """What attends to the cache: flash-attn if installed, else PyTorch's copy of it where that can
+    read a part of each sequence (from 2.12 on) and heads of that size, else two batched matmuls."""
     kernel = attention_kernel(device, dtype)
-    if kernel == "sdpa" or kernel == "torch varlen" and torch.__version__ < (2, 12):
-        return "matmul"
-    return kernel
+    if kernel == "flash-attn":
+        return kernel
+    can = torch.__version__ >= (2, 12) and head_dim % 8 == 0
+    return kernel if kernel == "torch varlen" and can else "matmul"
 
 
 def capture(step, pool):
@@ -602,7 +603,7 @@ def main():
     import data  # only here: the same tokens and ends of a response as train.py and eval.py
     on_gpu = torch.cuda.is_available()
     try:
-        prompt.encode()  # half a surrogate is a ValueError, tokenizers panic
+        data.sound(prompt)  # else a tokenizer panics
         model = Model.from_pretrained(source, torch.bfloat16 if on_gpu else torch.float32,
                                       "cuda" if on_gpu else "cpu")
         model.check_finite()

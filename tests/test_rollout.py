@@ -656,14 +656,15 @@ def test_the_kernels_of_a_gpu_give_the_same(family, kernel, monkeypatch):
 
 
 def test_the_kernel_is_one_that_can(monkeypatch):
-    """flash-attn first; PyTorch's kernel reads a part of each sequence from 2.12 on."""
-    def chosen(packed, version="2.13.0"):
+    """flash-attn first; PyTorch's kernel reads a part of each sequence from 2.12 on, and takes head
+    sizes in steps of 8."""
+    def chosen(packed, version="2.13.0", head_dim=64):
         monkeypatch.setattr(rollout, "attention_kernel", lambda *_: packed)
         monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-        return rollout.decode_kernel("cuda", torch.bfloat16)
+        return rollout.decode_kernel("cuda", torch.bfloat16, head_dim)
     assert chosen("sdpa") == "matmul" and chosen("flash-attn", "2.9.0+cu128") == "flash-attn"
     assert chosen("torch varlen") == chosen("torch varlen", "2.12.0+cu130") == "torch varlen"
-    assert chosen("torch varlen", "2.11.1") == "matmul"
+    assert chosen("torch varlen", "2.11.1") == chosen("torch varlen", head_dim=12) == "matmul"
 
 
 # ---- On a GPU ----
@@ -679,11 +680,12 @@ def test_gpu_graphs_draw_what_eager_steps_draw(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_gpu_decoding_kernel_against_float32():
+@pytest.mark.parametrize("head_dim", [12, 16])
+def test_gpu_decoding_kernel_against_float32(head_dim):
     """Whatever attends to the cache on this machine: recorded log-probs against the trainer's in
     float32 on the CPU."""
-    model = build(head_dim=16)
-    on_gpu = build(head_dim=16).to("cuda", torch.bfloat16)
+    model = build(head_dim=head_dim)
+    on_gpu = build(head_dim=head_dim).to("cuda", torch.bfloat16)
     assert gaps(model, generate(on_gpu, some_prompts(20), 4, 100, seed=3)).mean() < 0.05
 
 
