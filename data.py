@@ -776,7 +776,8 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     if not tokenizer.chat_template:
         raise ValueError("template chat: this tokenizer has none; choose orz, r1, qwen_math, plain")
     from jinja2.sandbox import SandboxedEnvironment  # in which transformers runs it
-    SandboxedEnvironment.intercepted_binops = {"**"}  # 9**9**9 would hold all threads for hours:
+    SandboxedEnvironment.intercepted_binops = {"*", "**"}  # giants would hold all threads for hours
+    SandboxedEnvironment.default_binop_table["*"] = times
     SandboxedEnvironment.default_binop_table.pop("**", None)  # there are no powers
     variables = {"date": DATE} | template_args
     clock = datetime.fromisoformat(variables["date"])
@@ -803,6 +804,14 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     if errors:
         raise ValueError(f"the chat template cannot show a question ({errors[0]}); see --template")
     return texts
+
+
+def times(a, b):
+    """a * b in a chat template, if that is no giant: 'x' * 10**11 would take all memory."""
+    sizes = [len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (a, b)]
+    if sizes[0] * sizes[1] > 10**9:
+        raise ValueError("a product above 10**9")
+    return a * b
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------
