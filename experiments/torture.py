@@ -656,7 +656,9 @@ TEMPLATES = ("{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**9 }}", "{
 
 
 def index_to(where, m):
-    places = dict.fromkeys(load_file(m / "model.safetensors"), where)
+    whole = m / "model.safetensors"
+    places = dict.fromkeys(load_file(whole), where)
+    whole.unlink()  # else nobody looks at the index
     write("model.safetensors.index.json", json.dumps({"weight_map": places}), m)
 
 
