@@ -128,6 +128,9 @@ def test_packed_logp_and_every_gradient(pair):
     assert (entropy + (z.exp() * z).sum(-1)).abs().max() < 5e-5
     assert (sum_p2 - (2 * z).exp().sum(-1)).abs().max() < 1e-5
     assert not entropy.requires_grad and not sum_p2.requires_grad
+    usual = [ours(*pack(sequences, prompt_lens, "cpu"), **how)[0]
+             for how in ({}, {"temperature": 1.0})]
+    assert torch.equal(*usual)
     weights = torch.randn(len(logp))
     theirs.zero_grad()
     ours.zero_grad()
