@@ -60,7 +60,7 @@ def advantages(reward, group_size, kind="grpo", length=None):
         A = A - (tokens * A).sum() / tokens.sum()
         variance = (tokens * A**2).sum() / (tokens.sum() - 1).clamp(min=1)
         A = A / (variance + 1e-8).sqrt()
-    return A.masked_fill(flat, 0).flatten()  # exactly 0, not rounding / 1e-6
+    return A.masked_fill(flat, 0).flatten()  # no signal: exactly 0, not rounding / 1e-6
 
 def policy_loss(name, logp, old_logp, adv, mask, *, agg=None, entropy=None, sum_p2=None,
                 pass_rate=None, group_size=None, max_len=None, totals=None, ref_logp=None,
@@ -145,11 +145,11 @@ class Batch:
             raise ValueError(f"this loss needs {name}=; policy_loss says what that is")
         return getattr(self, name)
 def outside(b, low, high, dual_clip=None, value=None):
-    """The tokens that PPO stops: losers below the band or beyond the dual clip, winners above."""
-    value = b.ratio if value is None else value  # (B,T)
-    stop = value < low
-    if dual_clip is not None:
-        stop = stop | (value > dual_clip)
+    """The tokens that PPO stops: losers below the band or beyond the dual clip, winners above.
+    Their shares go into the metrics. value: what is compared with the band, the ratio as a rule."""
+    value = b.ratio if value is None else value
+    most = math.inf if dual_clip is None else dual_clip
+    stop = (value < low) | (value > most)
     losers, winners = (b.A < 0) & stop, (b.A > 0) & (value > high)
     b.metrics["clip_low"] = b.mean(losers * b.chosen)
     b.metrics["clip_high"] = b.mean(winners * b.chosen)
@@ -158,7 +158,7 @@ def clip(b, low, high, dual_clip=None):
     """PPO (1707.06347): -min(ratio A, clamp(ratio, low, high) A). Outside the band the ratio stops
     paying, in the direction in which A pushes it. low and high: both numbers or both tensors.
     Dual clip c (1912.09729): a loser costs c |A| at most, so beyond c its gradient ends as well."""
-    outside(b, low, high, dual_clip)  # only counts them
+    outside(b, low, high, dual_clip)  # for the metrics
     loss = -torch.minimum(b.ratio * b.A, b.ratio.clamp(low, high) * b.A)
     return loss if dual_clip is None else torch.minimum(loss, dual_clip * b.A.abs())
 # ---- 1. A fixed band around ratio 1 --------------------------------------------------------------
@@ -200,7 +200,7 @@ def bin_of(p, bins):  # which of equal bins, the last one closed; NaN must not b
     return (p * bins).nan_to_num(0).clamp(0, bins - 1).long()
 @torch.no_grad()
 def ratio_moments(logp, old_logp, mask, bins=5, **_):
-    """(3, bins) by exp(logp): tokens, sum of ratio - 1 (more digits than ratio), of its square."""
+    """(3, bins as in acpo) by exp(logp): tokens, sum of ratio - 1 (more digits), of its square."""
     log_ratio = torch.where(mask.bool(), logp.double() - old_logp.double(), 0)
     excess = log_ratio.clamp(-20, 20).expm1()
     values = torch.stack([mask.double(), excess, excess**2]).flatten(1)  # (3, B T)
@@ -226,7 +226,7 @@ def etr(b, eps=0.2, micro=0.5, macro=0.5):
 def dcpo(b, eps_low=0.16, eps_high=0.20, dual_clip=10.0):
     """DCPO (2509.02333): |ratio - 1| ratio p_old <= eps, solved for the ratio: wide if unlikely."""
     low = (1 + (1 - 4 * eps_low / b.p_old).clamp(min=0).sqrt()) / 2
-    high = (1 + (1 + 4 * eps_high / b.p_old).sqrt()) / 2  # no end of it as p_old goes to 0
+    high = (1 + (1 + 4 * eps_high / b.p_old).sqrt()) / 2  # ends at 10, or at a larger dual clip
     return clip(b, low, high.clamp(max=max(dual_clip or 0, 10.0)), dual_clip)
 @objective("token-mean")
 def bapo(b, low=(0.6, 0.9), high=(1.2, 3.0), step=0.05, target=1.0, dual_clip=3.0):
@@ -369,8 +369,8 @@ def dro(b, beta=0.1):
     """DRO (2501.12599): REINFORCE on a leash. -A log pi + beta/2 (log ratio)^2"""
     return -b.A * b.logp + beta / 2 * b.log_ratio**2
 # ---- 5. Which tokens may learn, and how much -----------------------------------------------------
-def top(score, mask, share):  # True at each row's largest scores: that share, at least one token
-    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)  # argsort twice: the rank
+def top(score, mask, share):  # True at that share of each row's largest scores, at least at one
+    n = (mask.sum(1, keepdim=True).double() * share).floor().clamp(min=1)  # next: ranks, from 0
     rank = score.masked_fill(mask == 0, -math.inf).argsort(-1, descending=True).argsort(-1)
     return (rank < n) & (mask > 0)
 def top_of_batch(b, score, share):
@@ -442,7 +442,7 @@ def raft(b):
     """RAFT (2504.11343): maximum likelihood of the winners. -max(A, 0) log pi"""
     return -b.A.clamp(min=0) * b.logp
 # ---- The sampler is not the trainer: a weight for any loss, from rho = pi_old / pi_sampler -------
-# f(b, log_rho (B,T), bounds): (B,T) or (B,1). Weight 0 counts in the mean; in verl's masks not.
+# f(b, log_rho (B,T), bounds): (B,T) or (B,1). A token of weight 0 stays in the mean, not in verl's.
 def tis(b, log_rho, high=2.0):  # truncated importance sampling, verl's bound
     return log_rho.exp().clamp(max=high)
 def icepop(b, log_rho, low=0.5, high=5.0):  # IcePop (2510.18855): dropped outside a band
@@ -463,7 +463,7 @@ def aggregate(loss, mask, agg, totals, max_len, group_size):
     check("agg", agg, AGGREGATIONS)
     tokens = mask.sum(1)  # (B,)
     loss = (loss * mask).sum(1)  # (B,)
-    scale = totals.get("sequences", (tokens > 0).sum())  # seq-mean-token-sum
+    scale = totals.get("sequences", (tokens > 0).sum())  # as it stays for seq-mean-token-sum
     if agg == "token-mean":
         scale = totals.get("tokens", tokens.sum())
     elif agg == "seq-mean-token-mean":

@@ -4,7 +4,7 @@ r"""A response in, a score in [0, 1] out: rewards that a policy cannot cheat, ha
     grade("countdown", "<answer>(1+2)*8</answer>", numbers=[1, 2, 8], target=24)     -> (1.0, "ok")
 
 Tasks and their problem fields:
-    chainsum   answer="7"                     the default task, hops: `...#7$`, $ being the end
+    chainsum   answer="7"                     the default task; so is hops: `...#7$`, $ is the end
     add        answer="123"                   last \boxed{}, an integer
     countdown  numbers=[..], target=24        last <answer>, or last box (format="boxed")
     tableqa    answer=[..]                    last <answer>, all values in this order
@@ -67,7 +67,8 @@ def last_boxed(text, join=False):
     return None
 
 def last_answer(text):
-    """Content of the last <answer>...</answer>, without a box around it; "" if there is none."""
+    """Content of the last <answer>...</answer>, or of a box in it; "" if there is none. At most 2000
+    characters."""
     before, tag, inner = text.rpartition("</answer>")[0].rpartition("<answer>")
     inner = inner.partition("</answer>")[0] if tag else ""
     box = last_boxed(inner)
@@ -248,7 +249,9 @@ def math(response, answer, acpo_compat=False):
     for gold in golds:
         several = joined and re.search(r"[,;]|\b(and|or)\b|\\(pm|cup)\b", gold)
         for candidate in {pred, chain} if several else {pred}:
-            asked = []  # what computer algebra has to tell, in a child process; no, until then
+            # `append` gives None: what only computer algebra can tell is unequal, until a child
+            # process has told.
+            asked = []
             if compare(gold, candidate, asked.append):
                 return True
             if asked:
@@ -299,7 +302,8 @@ def equal(gold, pred, algebra):
     """Lists in any order, named values by their names, tuples in their order."""
     golds, preds = items(gold), items(pred)
     names = [{item.name for item in side} for side in (golds, preds)]
-    ordered = {""} in names and len(golds) in map(len, names)  # x=1, y=2 for 1, 2
+    # x=1, y=2 for 1, 2: one side has no names, on the other each value has its own.
+    ordered = {""} in names and len(golds) in map(len, names)
     if len(golds) != len(preds):
         golds, preds = unpack(golds, preds), unpack(preds, golds)
         ordered = True
@@ -346,7 +350,8 @@ def read_item(text):
     name = re.sub(r"_\{(\w+)\}", r"_\1", squeeze(names[0])) if names else ""
     value, unit = split_unit(value)
     value = re.sub(r"\\text\{ *(.) *\}", r"\1", value)  # \mathrm{e} is a number, no word
-    return Item(name, *brackets(value), r"\in" in text, unit)
+    in_range = r"\in" in text  # or \infty, which ends an interval, too
+    return Item(name, *brackets(value), in_range, unit)
 
 def inequality(terms, signs):
     if not re.search("[<≤]", signs):  # 3 > x is x < 3
@@ -714,7 +719,7 @@ def points(a, b):
     from sympy import Rational
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     for turn in range(8):
-        yield {symbol: (-1) ** (turn >> i % 3) * Rational(31 + 17 * i + 7 * turn, 29)
+        yield {symbol: (-1) ** (turn >> (i % 3)) * Rational(31 + 17 * i + 7 * turn, 29)
                for i, symbol in enumerate(symbols)}
 
 def same_everywhere(a, b):
@@ -827,7 +832,8 @@ def gym(name, config):
 TASKS = {"chainsum": chainsum, "hops": chainsum, "add": add, "countdown": countdown,
          "tableqa": tableqa, "kk": kk, "qa": qa, "search": search, "math": math,
          "exact_box": exact_box, "exact_line": exact_line, "rg": rg}
-SAY_THE_ANSWER = "chainsum hops add tableqa kk qa math exact_box".split()  # it is a right response
+# tasks whose answer, in its tags, is a right response
+SAY_THE_ANSWER = "chainsum hops add tableqa kk qa math exact_box".split()
 
 def judge(task, response, problem):
     """(score, status), or what `math` leaves to computer algebra."""

@@ -37,7 +37,7 @@ class Tool:
     reply_close: str
     marks: str              # characters that no reply may hold, as tags are made of them
     ends: tuple = ()        # texts that end a response: it has answered
-    part: int = 10**6       # `answer` gets at least so many calls at once; parts run in parallel
+    part: int = 10**6       # calls that `answer` gets at once, or more; parts run in parallel
     seconds: float = 20.0   # for a whole batch of calls
     error: str = "error"    # what the policy reads where there is no reply
 
@@ -61,8 +61,8 @@ class Tool:
         deadline = time.monotonic() + self.seconds
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
-        replies = dict(replies)  # what comes from now on is too late
-        return [(replies.get(call, self.error), call not in replies) for call in calls]
+        in_time = dict(replies)  # what comes from now on is too late
+        return [(in_time.get(call, self.error), call not in in_time) for call in calls]
 
     def work(self, calls, replies):
         with suppress(Exception):  # whatever a stranger's code or server does; it is counted
@@ -122,7 +122,7 @@ def retrieve(url, calls):
     request = urllib.request.Request(url, json.dumps(question).encode(),
                                      {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
-        found = json.loads(response.read(BODY))["result"]  # what is longer is cut: no JSON
+        found = json.loads(response.read(BODY))["result"]  # cut where it is longer: an error
     return [shown(hit["document"]["contents"] for hit in best[:TOP]) for best in found]
 
 

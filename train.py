@@ -62,7 +62,7 @@ def train(run: "Run") -> None:
     what to do with the ratio of the two is what the objectives in losses.py differ in."""
     flags = run.flags
     # Passes over a rollout, each a dict of more hyper-parameters, {} as a rule.
-    passes = flags.epochs * losses.OBJECTIVES[flags.loss].passes
+    passes = list(losses.OBJECTIVES[flags.loss].passes) * flags.epochs
     while run.step < flags.steps and not run.stopped:
         run.step += 1
         metrics = dict.fromkeys(METRICS) | {"step": run.step}
@@ -77,7 +77,7 @@ def train(run: "Run") -> None:
         # Advantage: by how much a response is better than the others of its group.
         assign_advantages(rollouts, flags)
 
-        # Learning: K = --updates gradient steps, each on a mini-batch of its own.
+        # Learning: in each pass K = --updates gradient steps, each on a mini-batch of its own.
         batches = minibatches(rollouts, flags)
         tokens = len(passes) * sum(r.length for minibatch in batches for r in minibatch)
         meter, norms = Meter(tokens), []
@@ -138,7 +138,7 @@ class Flags:
     steps: int = flag(60, "rollouts, each followed by --updates gradient steps", most=999_999)
     prompts: int = flag(32, "questions per step", most=2**20)
     samples: int = flag(16, "responses per question: the group", most=2**20)
-    updates: int = flag(4, "gradient steps per rollout, each on a mini-batch of its own")
+    updates: int = flag(4, "gradient steps per pass, each on a mini-batch of its own")
     minibatch: str = flag("", "of whole groups, or of the same number of samples of every group "
                           "(default: the objective's own)", choices=("", "groups", "samples"))
     epochs: int = flag(1, "passes over each rollout")
@@ -372,13 +372,12 @@ def groups_of(items, size) -> list[list]:
 
 
 def minibatches(rollouts, flags) -> list[list[Rollout]]:
-    """At most K lists, of whole groups or, by samples, of some samples of every group. Where there
-    are fewer of these than K, single responses are dealt out in the same order."""
+    """At most K lists, of whole groups or, by samples, of some samples of every group: the first of
+    each, then the second of each. With more updates than groups (or samples), of responses."""
     size = flags.samples
     if by_samples(flags):
         rollouts = [rollout for j in range(size) for rollout in rollouts[j::size]]
-        size = flags.prompts
-    units = groups_of(rollouts, size)
+    units = groups_of(rollouts, flags.prompts if by_samples(flags) else size)
     if flags.updates > len(units):
         units = groups_of(rollouts, 1)
     borders = [round(k * len(units) / flags.updates) for k in range(flags.updates + 1)]
@@ -830,8 +829,8 @@ def trained_state(run) -> dict[str, Tensor]:
 
 
 def checkpoints(out, until=10**6) -> list[Path]:
-    """The whole names of checkpoints of run `out` up to step `until`, oldest first. Directories of
-    any other name are somebody else's, and never touched."""
+    """The checkpoints of run `out` up to step `until`, oldest first. Directories of any other name
+    are somebody else's, and never touched."""
     found = [p for p in out.glob("step-*") if re.fullmatch(r"step-\d{6}", p.name)]
     found = [p for p in found if (p / "resume").is_dir() and not p.is_symlink()]
     return sorted(p for p in found if int(p.name[5:]) <= until)
@@ -891,7 +890,7 @@ def metrics_of(line) -> dict:
 # ---- Setting up --------------------------------------------------------------------------------
 
 def set_up(flags) -> Run:
-    out = Path(gather([str(open_run(flags)) if MAIN else ""])[0])
+    out = Path(gather([str(open_run(flags)) if MAIN else ""])[0])  # rank 0 says which
     flags.out = str(out)
     checkpoint = checkpoint_to_resume(out, flags.resume_from) if flags.resume else None
     source = flags.model or small_model(flags)
@@ -919,7 +918,7 @@ def set_up(flags) -> Run:
         print(f"the run in {out} has done {run.step} of --steps {flags.steps}: it is complete, and "
               "a larger --steps goes on from there")
         sys.exit(0)
-    barrier()  # nobody reads any more what is cut now
+    barrier()  # all ranks have read what begin() now cuts
     history = []
     if MAIN:
         with naming(out):
@@ -1286,7 +1285,7 @@ def parse(argv) -> Flags:
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + usual,
                             choices=f.metadata.get("choices"), metavar=f.name.upper(), **reader(f))
     typed, _ = parser.parse_known_args(argv)
-    if typed.resume:  # the run's own flags, and what is typed now goes before
+    if typed.resume:  # the run's own flags; what is typed now stands behind them, and wins
         argv = flags_of_run(typed.out) + argv
     known, rest = parser.parse_known_args(argv)
     if rest:
@@ -1311,12 +1310,13 @@ def reader(f) -> dict:
         return {"type": truth, "nargs": "?", "const": True}
     if f.type is str:
         return {"type": str}
+    # A count that is not 0 by default cannot be 0.
     least = f.metadata.get("least", int(f.type is int and f.default > 0))
     most = f.metadata.get("most", 10**12)
 
     def number(text):
         value = f.type(text)
-        if not least <= value <= most:  # nan is not either
+        if not least <= value <= most:  # nor is nan
             raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
         return value
     return {"type": number}
@@ -1416,7 +1416,7 @@ def fill_in(flags) -> None:
         flags.max_new_tokens = 2 * max(len("".join(response)) for _, response in demos)
     flags.max_new_tokens = flags.max_new_tokens or 1024
     if flags.model and (Path(flags.model) / "latest").is_file():
-        flags.model = str(find_checkpoint(flags.model))  # a run's newest now, also after a resume
+        flags.model = str(find_checkpoint(flags.model))  # kept, so that a resume begins there too
 
 
 def main() -> None:
