@@ -233,7 +233,8 @@ def varlen(kernel, q, k, v, borders, longest):
     k, v = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]  # no GQA in 2.11
     h = q.shape[-1]
     more = -h % 8  # PyTorch's takes head sizes in steps of 8, and scales by the size that it sees
-    q, k, v = [F.pad(x, (0, more)) for x in (q * ((h + more) / h)**0.5, k, v)]
+    if more:  # padding by 0 would copy
+        q, k, v = [F.pad(x, (0, more)) for x in (q * ((h + more) / h)**0.5, k, v)]
     out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
     return out[..., :h]
 
