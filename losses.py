@@ -294,7 +294,7 @@ def topr(b):
 @objective("token-mean")
 def cispo(b, eps_low=1.0, eps_high=0.3):
     """CISPO (2506.13585): -sg[clamp(ratio)] A log pi. Clips the weight and drops no token."""
-    outside(b, 1 - eps_low, 1 + eps_high)
+    outside(b, 1 - eps_low, 1 + eps_high)  # for the metrics
     return -b.ratio.detach().clamp(1 - eps_low, 1 + eps_high) * b.A * b.logp
 @objective("seq-mean-token-mean")
 def cispo_masked(b, is_low=1.0, is_high=0.45, eps_low=0.2, eps_high=0.3):

@@ -67,8 +67,8 @@ def last_boxed(text, join=False):
     return None
 
 def last_answer(text):
-    """Content of the last <answer>...</answer>, or of a box in it; "" if there is none. At most 2000
-    characters."""
+    """Content of the last <answer>...</answer>, or of a box in it, up to 2000 characters; "" if
+    there is none."""
     before, tag, inner = text.rpartition("</answer>")[0].rpartition("<answer>")
     inner = inner.partition("</answer>")[0] if tag else ""
     box = last_boxed(inner)

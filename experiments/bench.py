@@ -162,7 +162,8 @@ def bench_rollout(shape, args):
     prompts = torch.randint(vocab // 16 + 1, vocab, (4 if shape == "0.5B" else 32, 32), generator=g)
     batch = prompts.repeat_interleave(SAMPLES, 0)
     vllm = {}
-    if args.vllm and "vLLM" in args.sides and not shape.startswith("h"):  # its CPU kernels know no heads of 16 and 32
+    can = not shape.startswith("h")  # its CPU kernels know no heads of 16 and 32
+    if args.vllm and "vLLM" in args.sides and can:
         vllm = {f"vLLM {dtype}": VLLM(args.vllm, ours, dtype, args.threads)
                 for dtype in ("float32", "bfloat16")}
     rows = []
