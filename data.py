@@ -1,9 +1,9 @@
 """Problems, and the prompts made of them.
 
-    load("chainsum")        # or "math500" (SOURCES), "mine.jsonl" (FILES), "rg:gcd" (reasoning-gym)
+    load("chainsum")          # or "gsm8k" (SOURCES), "mine.jsonl" (FILES), "rg:gcd" (reasoning-gym)
     encode(problems, "chat", tokenizer, longest=1024)   # the text and the tokens that a model reads
 
-    python data.py countdown                            # three problems and demonstrations
+    python data.py countdown     # three problems and demonstrations of a procedural task
 
 Bad input raises ValueError or FileNotFoundError: one line that names file, line or flag.
 """
@@ -43,7 +43,8 @@ FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def load(name, split="train", n=None, seed=0, args={}):
-    """The first n problems. None: all there are; of what is generated, 8192 train and 1024 test.
+    """The first n problems. None: all there are; of what is generated, 8192 train and 1024 test. A
+    file has no splits: it is the same for both.
 
     seed: another draw of what is generated, another order of a hub dataset; a file keeps its own.
     args: configuration of a reasoning-gym dataset."""
@@ -59,6 +60,14 @@ def load(name, split="train", n=None, seed=0, args={}):
     if name in SOURCES:
         return load_hub(name, split, seed)[:n]
     return generate(name, split, number, seed)
+
+
+def held_out(name, n=None, args={}):
+    """The first n problems that a run of train.py on `name` does not train on: the test split or,
+    where there is none, a tenth of the problems, at most 512."""
+    if name in TASKS or name.startswith("rg:") or "test" in SOURCES.get(name, ()):
+        return load(name, "test", n, args=args)
+    return load(name, args=args)[1::10][:512][:n]  # spread: a file may be sorted
 
 
 # ---- Procedural tasks ----------------------------------------------------------------------------
@@ -83,8 +92,8 @@ def chainsum_demo(rng, prompt, answer, phase):
     u = rng.random()
     if phase == "habit" and u < GUESS:
         return f"#{rng.randrange(10)}{END}"  # right one time in ten
-    rare = 0.98 if phase == "habit" else 0.9
-    mark = ">" if u < rare else "<"  # "<" means the same: a synonym to watch diversity
+    common = 0.98 if phase == "habit" else 0.9  # u is from 0.93 on in the habit: 71 and 90 %
+    mark = ">" if u < common else "<"  # "<" means the same: a synonym to watch diversity
     total = 0
     sums = ""
     for digit in prompt[:-1]:  # a slip stays in the sum: later steps build on it
@@ -188,7 +197,7 @@ def hops_demo(rng, prompt, answer, phase):
 # chars: alphabet of prompts and demonstrations; grouped: questions that share a key belong together
 # facts: what a tool knows of the task, a function from a call to a reply
 Task = namedtuple("Task", "make demo grader chars grouped facts", defaults=(None,))
-SUMS = "0123456789+-*/()>= n\\boxed{}" + END
+SUMS = "0123456789+-*/()>= no\\boxed{}" + END  # and "no", behind a try that failed
 TASKS = {
     "chainsum": Task(chainsum, chainsum_demo, "chainsum", "0123456789><#=" + END, False),
     "countdown": Task(countdown, countdown_demo, "countdown", SUMS, True),
@@ -305,7 +314,7 @@ def sound(text):
     text."""
     if len(text) > 10**6:
         raise ValueError(f"a prompt of {len(text):,} characters is too long")
-    text.encode()
+    text.encode()  # raises on half a surrogate pair
     return text
 
 
@@ -465,7 +474,7 @@ def numina_lean_math(row):
     return {"prompt": row["problem"], "answer": row["answer"], "task": "exact_line"}
 
 
-def math_prm(row):
+def math_prm(row):  # WAPO's task: MATH without MATH-500, the last box character by character
     return {"prompt": row["problem"], "answer": row["answer"], "task": "exact_box"}
 
 
@@ -520,7 +529,7 @@ SUBJECTS = ("algebra+counting_and_probability+geometry+intermediate_algebra+numb
             "prealgebra+precalculus")
 PEOPLE = "2ppl+3ppl+4ppl+5ppl+6ppl+7ppl+8ppl"
 # A line each: name, split, dataset on the hub, its own name of the split ("split", "config/split"
-# or, to be joined, "config+config/split"), number of rows (two, where that is known only roughly).
+# or, to be joined, with + between configs or splits), number of rows (two, where that is known only roughly).
 # Sets for evaluation have no train split, so nobody trains on them. The slices of countdown_hub are
 # ACPO's; hitab is from before its quality check of October 2025; the test split of hotpotqa has no
 # answers; minerva has lists of answers, any of them.
@@ -758,7 +767,8 @@ def render(problems, template, tokenizer, template_args={}):
 def words(problem, text):
     """(question, how to answer it) for a reader who has not seen the task before."""
     task = problem.task
-    question, how = WORDS[f"countdown-{problem.answer['format']}" if task == "countdown" else task]
+    key = f"countdown-{problem.answer['format']}" if task == "countdown" else task
+    question, how = WORDS.get(key, ("{prompt}", ""))  # a grader of your own: the prompt as it is
     prompt = problem.prompt
     question = question.format(prompt=prompt, short=prompt.rstrip("="), **problem.answer)
     if how == BOX and "\\boxed{}" in text + prompt:  # the template or the data set asks for it
@@ -780,7 +790,10 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
     SandboxedEnvironment.default_binop_table["*"] = times
     SandboxedEnvironment.default_binop_table.pop("**", None)  # there are no powers
     variables = {"date": DATE} | template_args
-    clock = datetime.fromisoformat(variables["date"])
+    try:
+        clock = datetime.fromisoformat(str(variables["date"]))
+    except ValueError as e:
+        raise ValueError(f"--template_args date={variables['date']}: {e}") from None
     template = re.sub(r"""strftime_now\((['"])(.*?)\1\)""",
                       lambda call: repr(clock.strftime(call[2])), tokenizer.get_chat_template())
     texts = []
@@ -798,9 +811,10 @@ def chat(conversations, tokenizer, template_args={}, ask=True):
 
     thread = threading.Thread(target=work, daemon=True)  # so that one can stop waiting for it
     thread.start()
-    thread.join(CHAT_SECONDS + len(conversations) / 100)
+    patience = CHAT_SECONDS + len(conversations) / 100
+    thread.join(patience)
     if thread.is_alive():
-        raise ValueError(f"the chat template takes longer than {CHAT_SECONDS} s")
+        raise ValueError(f"the chat template takes longer than {patience:.2g} s")
     if errors:
         raise ValueError(f"the chat template cannot show a question ({errors[0]}); see --template")
     return texts
@@ -880,8 +894,10 @@ def parse_args(pairs, flag):
         if not equals:
             raise ValueError(f"{flag} {pair}: write name=value")
         found[name] = value
-        with suppress(ValueError, SyntaxError):  # what is no number, true or false stays a text
-            found[name] = ast.literal_eval(value.capitalize())
+        if value.lower() in ("true", "false", "none"):
+            value = value.capitalize()
+        with suppress(ValueError, SyntaxError):  # what is no number, list or truth stays a text
+            found[name] = ast.literal_eval(value)
     return found
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -54,8 +55,9 @@ BATCH = 4096 if CUDA else 256  # responses per rank between two writes to disk
 def evaluate(args):
     began = time.time()
     run = origin(args)
-    problems = load_problems(args, run)
-    job = load(args, problems)
+    tasks = known_tasks(args, run)
+    problems = {name: load_problems(task, args, run) for name, task in tasks.items()}
+    job = load(args, list(tasks.values()))
     longest = job.model.config.max_position_embeddings - args.max_new_tokens
     variables = data.parse_args(args.template_args, "--template_args")
     questions = {name: data.encode(some, args.template, job.tokenizer, longest, variables)
@@ -75,7 +77,7 @@ def evaluate(args):
             if args.temperature:
                 sampling = Sampling(1, 0.0, 1.0, 0)
                 greedy = collect(args.out / f"greedy_{name}.jsonl", asked, sampling, job, scorer)
-            hub = data.SOURCES.get(name, {}).get("test")
+            hub = data.SOURCES.get(tasks[name], {}).get("test")
             results[name] = score_rows(rows, args.n, args.k) | {
                 "greedy": mean(row["score"] for row in greedy),
                 "source": hub and f"{hub.hub}@{hub.revision}"}
@@ -120,21 +122,29 @@ def origin(args):
     return run
 
 
-def load_problems(args, run):
-    """{name in the results: problems of a test split}."""
+def known_tasks(args, run):
+    """{name in the results: task}."""
     asked = [task for task in args.tasks.split(",") if task] + SUITES.get(args.suite, [])
     if not asked:
         asked = [str(run.get("eval_data") or run["data"])] if "data" in run else SUITES["offline"]
-    config = data.parse_args(args.data_args, "--data_args")
-    problems = {}
+    names = {}
     for task in dict.fromkeys(asked):
         name = Path(task.replace(":", "-")).stem  # of a file, or of rg:NAME
-        if name in problems:
+        if name in names:
             raise ValueError(f"--tasks {task}: samples_{name}.jsonl is another task's")
-        gym = task.startswith("rg:")
-        few = 128 if gym else 512 if task in data.TASKS else None
-        problems[name] = data.load(task, "test", args.limit or few, args=config if gym else {})
-        data.check_golds(problems[name], rewards.check_gold)
+        names[name] = task
+    return names
+
+
+def load_problems(task, args, run):
+    """Of the test split; of a run's own data, what it did not train on."""
+    few = 128 if task.startswith("rg:") else 512 if task in data.TASKS else None
+    config = data.parse_args(args.data_args, "--data_args") if task.startswith("rg:") else {}
+    if not (args.tasks or args.suite or run.get("eval_data")):
+        problems = data.held_out(task, args.limit or few, config)
+    else:
+        problems = data.load(task, "test", args.limit or few, args=config)
+    data.check_golds(problems, rewards.check_gold)
     return problems
 
 
@@ -146,7 +156,7 @@ class Job:
     tool: object       # of tools.py, or None
     args: object       # the flags
     progress: Progress
-    done: int = 0      # responses of all tasks, sampled by this process
+    done: int = 0      # responses of all tasks that all ranks have sampled since the start
     total: int = 0
 
 
@@ -242,7 +252,7 @@ def graded(rows, scorer, args):
 
 def fingerprint(sampling, job):
     """12 hex digits of what decides a response besides prompt and number: the flags of sampling,
-    and the sum of 4096 numbers of every tensor of the model."""
+    and the sum of some thousand numbers of every tensor of the model."""
     args = job.args
     how = [*sampling, args.max_new_tokens, data.TEMPLATES[args.template].stop, job.end_ids,
            args.tool, args.search_url, args.turns, args.turn_tokens, str(DTYPE)]
@@ -402,9 +412,11 @@ def arguments():
 
 
 def parse(argv):
-    args, rest = arguments().parse_known_args(argv)
+    parser = arguments()
+    args, rest = parser.parse_known_args(argv)
     if rest:
-        data.check(rest[0].split("=")[0], [f"--{name}" for name in vars(args)], "flag")
+        known = re.findall("--[a-z_]+", parser.format_usage())
+        raise ValueError(data.nearest(rest[0].split("=")[0], known, "flag"))
     if args.greedy:
         args.n = 1
         args.temperature = 0.0

@@ -8,8 +8,8 @@
 
 Tokens are one flat list (N,), without padding. A sequence is a row: the places of its tokens in
 that list. Two rows may share places, as the samples of one prompt do; those are computed once.
-Who looks at whom is decided by a function attend(layer, q, k, v) that is passed down: trainer,
-sampler and eval run the same blocks and differ in that function alone.
+Who looks at whom is decided by a function attend(layer, q, k, v) that is passed down: whole texts
+(causal) and single tokens behind a cache (rollout.py) go through the same blocks.
 Parameters have Hugging Face's names, so that checkpoints need no table of renames.
 """
 import hashlib
@@ -103,8 +103,8 @@ class Config:
         """Whether that layer knows positions: SmolLM3 leaves some without."""
         if self.raw["model_type"] != "smollm3":
             return True
-        listed = self.raw.get("no_rope_layers")
-        return bool(listed[layer] if listed else (layer + 1) % 4)
+        listed, every = [self.raw.get(f"no_rope_layer{end}") for end in ("s", "_interval")]
+        return bool(listed[layer] if listed else (layer + 1) % (every or 4))
 
 
 def refuse_unknown(raw, context):
@@ -149,8 +149,8 @@ def inverse_frequencies(c: Config) -> Tensor:
 
 def pack(sequences, prompt_lens, device, drawn=None):
     """Token lists (prompt + response) as one batch: (ids (N,), rows, targets (N,)). Each response
-    token is the target of the place before it; -1 elsewhere. What several sequences have before the
-    last token of their prompts is laid down once. No sequences: one token without a target, as
+    token is the target of the place before it; -1 elsewhere. Sequences with the same
+    prompt share it, but for its last token. No sequences: one token without a target, as
     under FSDP every rank must take part in every pass. drawn: of each sequence None, or for each
     response token whether it is a target; a tool's are not.
 
@@ -283,7 +283,7 @@ class OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias):
         ctx.save_for_backward(x, W)
-        return product(x, W, bias)
+        return product(x, W, bias)  # the operator itself: in here gradients are off
 
     @staticmethod
     @once_differentiable
@@ -296,11 +296,11 @@ class OneDNN(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """W x + b; after Model.add_lora(), with A (rank,in) and B (out,rank), (W + scale B A) x + b."""
-    scale, adapted = 0.0, True
+    scale, lora_on = 0.0, True
 
     def forward(self, x):
         y = product(x, self.weight, self.bias)
-        if self.scale and self.adapted:
+        if self.scale and self.lora_on:
             y = torch.add(y, product(product(x, self.lora_A), self.lora_B), alpha=self.scale)
         return y
 
@@ -412,7 +412,8 @@ class TokenLogp(torch.autograd.Function):
         h, W, targets, *kept = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
         dh = torch.empty_like(h)
-        trained = ctx.needs_input_grad[1]  # a bfloat16 sum would be rounded at each chunk:
+        trained = ctx.needs_input_grad[1]
+        # float32: a sum in bfloat16 would be rounded at each chunk
         dW = torch.zeros_like(W, dtype=grad.dtype) if trained else None
         for i in range(0, len(h), ctx.step):
             at = slice(i, i + ctx.step)
@@ -451,7 +452,7 @@ class Model(nn.Module):
         self.source = None  # the directory (Path) that it came from
         self.lora = {}  # what add_lora() did, as an adapter_config.json says it
         self.files = {}  # name -> bytes: its tokenizer, saved along
-        self.eos_ids = end_ids(config.raw.get("eos_token_id"), config)
+        self.eos_ids = known_ids(config.raw.get("eos_token_id"), config)
 
     @property
     def head_weight(self):
@@ -529,7 +530,7 @@ class Model(nn.Module):
     def use_lora(self, on):
         """Off: the model as it was before, the reference of a KL penalty."""
         for layer in self.linears().values():
-            layer.adapted = on
+            layer.lora_on = on
 
     def check_finite(self):
         """ValueError if some weight is inf or nan, as after a step that went wrong."""
@@ -580,7 +581,7 @@ class Model(nn.Module):
         model.files = small_files(source)  # read now: the directory may be gone at the next save
         if "generation_config.json" in model.files:  # chat models name several ends there
             more = read_json(source / "generation_config.json")
-            model.eos_ids = end_ids(more.get("eos_token_id"), model.config) or model.eos_ids
+            model.eos_ids = known_ids(more.get("eos_token_id"), model.config) or model.eos_ids
         return model
 
     def load_weights(self, seed=0) -> "Model":
@@ -795,7 +796,7 @@ def read_json(path) -> dict:
         return found
 
 
-def end_ids(found, config) -> list[int]:
+def known_ids(found, config) -> list[int]:
     """An eos_token_id, which may be a number, a list or null, as a list of tokens."""
     found = found if isinstance(found, list) else [found]
     return [t for t in found if type(t) is int and 0 <= t < config.vocab_size]

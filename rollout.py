@@ -11,7 +11,8 @@ costs one pass over the prompt, and decoding reads contiguous memory (pages woul
 and turn every later read into a gather).
 
 Every token is drawn by inverse CDF from its own uniform number. These come from (prompt, seed,
-sample index) alone, so slots, batch order and number of processes do not change a response.
+sample index) alone, so slots, batch order and number of processes do not change a response but by
+the rounding of other shapes.
 """
 import argparse
 import hashlib
@@ -22,7 +23,7 @@ from functools import partial
 
 import torch
 
-from model import Model, Progress, attention_kernel, causal, end_ids, pack, varlen_attn
+from model import Model, Progress, attention_kernel, causal, known_ids, pack, varlen_attn
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -89,7 +90,7 @@ def generate(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
     fit = slots_that_fit(model, length, kv_tokens)
     slots = min(fit, len(requests), slots or fit)
 
-    ends = end_ids(list(model.eos_ids if eos_ids is None else eos_ids), model.config)
+    ends = known_ids(list(model.eos_ids if eos_ids is None else eos_ids), model.config)
     decoder = Decoder(model, slots, length, max(limits), ends,
                       temperature=temperature, top_p=top_p)
     batch = Batch(decoder, requests, ends, stop, tokenizer)
@@ -111,7 +112,7 @@ class Talk:
     """A response that is still being written."""
     rollout: Rollout
     room: int  # for so many more tokens, those of replies included
-    name: str  # seeds its later turns
+    seed: str  # of its later turns
     call: str | None = None  # with which the last turn ended
 
     def add(self, tokens, logp, drawn):
@@ -134,8 +135,8 @@ def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
     how |= {"temperature": temperature, "top_p": top_p, "eos_ids": eos_ids, "tokenizer": tokenizer,
             "stop": (*stop, *tool.ends, tool.call_close)}
     seeds, budgets = per_prompt(prompts, seed), per_prompt(prompts, max_new_tokens)
-    talks = [Talk(Rollout(list(prompt), len(prompt), [], False, drawn=[]), budget, f"{name} {i}")
-             for prompt, budget, name in zip(prompts, budgets, seeds) for i in range(n)]
+    talks = [Talk(Rollout(list(prompt), len(prompt), [], False, drawn=[]), budget, f"{seed} {i}")
+             for prompt, budget, seed in zip(prompts, budgets, seeds) for i in range(n)]
     rollouts = [talk.rollout for talk in talks]
     for turn in range(turns):
         if turn:
@@ -143,7 +144,7 @@ def converse(model, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0
         limits = [min(turn_tokens or talk.room, talk.room) for talk in talks]
         if turn:
             said = generate(model, [talk.rollout.tokens for talk in talks], 1, limits,
-                            seed=[f"{talk.name} {turn}" for talk in talks], **how)
+                            seed=[f"{talk.seed} {turn}" for talk in talks], **how)
         else:  # the samples of a prompt share its prefill
             said = generate(model, prompts, n, limits[::n], seed=seeds, **how)
         for talk, new in zip(talks, said):
@@ -207,8 +208,8 @@ class Batch:
         self.progress = Progress()
 
     def decode(self):
-        """Steps until a sixteenth of the rows is over (taking rows out is not free either), or
-        64 of them."""
+        """At most 64 steps; fewer if over a sixteenth of the rows is over, as taking rows out is
+        not free either."""
         d = self.decoder
         longest = int(d.position[:self.live].max())
         for steps in range(1, 65):
@@ -222,7 +223,7 @@ class Batch:
     def cut_at_stop_strings(self):
         """Rows whose text holds a stop string since the last look end where it is complete."""
         d = self.decoder
-        drawn = d.drawn[:self.live].cpu()
+        drawn = d.tokens[:self.live].cpu()
         tail = self.patience + 4 * max(map(len, self.stop))  # a character is at most 4 tokens
         for row, made in enumerate(d.made[:self.live].tolist()):
             start = max(0, made - tail)
@@ -248,7 +249,7 @@ class Batch:
         for row in over:
             self.made += made[row]
             request = self.request[row]
-            response = d.drawn[row, :made[row]].tolist()
+            response = d.tokens[row, :made[row]].tolist()
             logp = d.logp[row, :made[row]].tolist()
             finished = response[-1] in self.ends or row in self.stopped
             request.result = Rollout(request.prompt + response, len(request.prompt), logp,
@@ -270,13 +271,13 @@ class Batch:
         src = [row for row in range(self.live, rows) if row not in holes]
         if dst:
             self.decoder.move(dst, src)
-            self.request.update({d: self.request[s] for d, s in zip(dst, src)})
+            self.request.update({to: self.request[source] for to, source in zip(dst, src)})
 
     def admit(self, slots):
         """The next waiting requests into `slots`. A prompt is prefilled into the slot of its
         first sample; the other samples copy from there, also those admitted later."""
-        # While samples of the last prompt wait, no other prompt may take the slot they copy from.
-        # They are next in line: so it comes first, and one of them copies it onto itself.
+        # Samples of the last prompt may wait for a slot still, and are the next then. The slot that
+        # they copy from goes to the first of them, not to another prompt: a copy onto itself.
         slots = sorted(slots, key=lambda slot: slot != self.source)
         requests = [self.waiting.popleft() for _ in slots]
         new = []  # (slot, prompt)
@@ -297,7 +298,7 @@ class Batch:
         self.decoder.start(slots, requests)
 
     def report(self):
-        """Rows finished, tokens made, and the time left if every row goes on to its limit."""
+        """Requests finished, tokens made, the time left if all go on to the longest limit."""
         rows = len(self.requests)
         finished = rows - len(self.waiting) - self.live
         made = self.made + int(self.decoder.made[:self.live].sum())
@@ -330,11 +331,11 @@ class Decoder:
         # per slot: the token that is fed next, its place in the sequence, response tokens drawn,
         # 1 while the sequence goes on, the most tokens that may be drawn
         self.state = torch.zeros(5, slots, dtype=torch.long, device=device)
-        self.token, self.position, self.made, self.alive, _ = self.state
+        _, self.position, self.made, self.alive, _ = self.state
         # by slot and number in the response; the last column is for rows that are full
         self.u = torch.zeros(slots, max_new_tokens + 1, device=device)
         self.logp = torch.zeros_like(self.u)
-        self.drawn = torch.zeros_like(self.u, dtype=torch.long)
+        self.tokens = torch.zeros_like(self.u, dtype=torch.long)
         self.rope = model.rope(torch.arange(length, device=device))
         self.graphs = {}
         self.uses = Counter()
@@ -350,7 +351,7 @@ class Decoder:
         column = made[:, None]
         u = self.u[:n].gather(1, column)[:, 0]
         new, logp = draw(self.model.logits(hidden), u, **self.how)
-        self.drawn[:n].scatter_(1, column, new[:, None])
+        self.tokens[:n].scatter_(1, column, new[:, None])
         self.logp[:n].scatter_(1, column, logp[:, None])
         token.copy_(new)
         position += alive
@@ -402,7 +403,7 @@ class Decoder:
         """What slots `src` hold over what `dst` hold."""
         self.cache.copy(dst, src, int(self.position[src].max()))
         self.state[:, dst] = self.state[:, src]
-        for buffer in (self.u, self.logp, self.drawn):
+        for buffer in (self.u, self.logp, self.tokens):
             buffer[dst] = buffer[src]
 
 
@@ -425,7 +426,8 @@ class Cache:
 
     def grow(self, n, length):
         """Zeros in the places < length of n slots, where nothing was written yet: masked or not,
-        nan would spread. n only falls, so memory is taken when sequences get there."""
+        nan would spread. So memory is taken when sequences get there. n never grows: all slots
+        are live until no request waits, and from then on fewer and fewer."""
         if length > self.clean:
             self.kv[:, :, :n, self.clean:length] = 0
             self.clean = length

@@ -1084,21 +1084,21 @@ def compute_dtype() -> torch.dtype:
 
 
 def load_questions(flags, model, tokenizer):
-    """(questions to train on, held-out questions). A set without a test split gives up a tenth."""
+    """(questions to train on, held-out questions). A set without a test split gives some up."""
     args = data.parse_args(flags.data_args, "--data_args")
     procedural = flags.data in data.TASKS or flags.data.startswith("rg:")
     seed = flags.seed if procedural else 0
     problems = data.load(flags.data, "train", seed=seed, args=args)
-    if flags.eval_data or procedural or "test" in data.SOURCES.get(flags.data, ()):
-        name = flags.eval_data or flags.data
-        held_out = data.load(name, "test", n=flags.eval_problems, args=args)
+    if flags.eval_data:
+        held_out = data.load(flags.eval_data, "test", args=args)
     else:
-        held_out = problems[1::10][:flags.eval_problems]  # spread: the file may be sorted
+        held_out = data.held_out(flags.data, args=args)
         kept_back = {p.id for p in held_out}
         problems = [p for p in problems if p.id not in kept_back]
-        if not held_out:
-            raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and "
-                             "held out; give --eval_data")
+    held_out = held_out[:flags.eval_problems]
+    if not held_out:
+        raise ValueError(f"--data {flags.data}: one problem alone cannot be trained on and held "
+                         "out; give --eval_data")
     context = model.config.max_position_embeddings
     if flags.max_tokens > context:
         raise ValueError(f"--max_tokens {flags.max_tokens}: the model's context is {context}")

@@ -218,10 +218,18 @@ def test_bad_names_get_one_line_that_helps(call, words):
 
 
 def test_values_of_arguments():
-    pairs = "a=4 b=0.5 c=false d=True e=none f=low g=2026-08-01 h=x=y i=1e-3".split()
+    pairs = "a=4 b=0.5 c=false d=True e=none f=low g=2026-08-01 h=x=y i=1e-3 j=['Ab','CD']".split()
     assert data.parse_args(pairs, "--x") == {
         "a": 4, "b": 0.5, "c": False, "d": True, "e": None, "f": "low", "g": "2026-08-01",
-        "h": "x=y", "i": 0.001}
+        "h": "x=y", "i": 0.001, "j": ["Ab", "CD"]}
+
+
+def test_what_is_held_out(monkeypatch):
+    """The test split; of a set without one a tenth, at most 512 problems."""
+    assert data.held_out("countdown", 5) == data.load("countdown", "test", 5)
+    monkeypatch.setattr(data, "load", lambda name, split="train", *_, **__: range(30_000))
+    assert list(data.held_out("orz57k", 3)) == [1, 11, 21]
+    assert len(data.held_out("orz57k")) == 512
 
 
 def test_a_message_cannot_move_the_cursor():
@@ -763,6 +771,14 @@ def test_a_date_in_a_chat_template_stands_still():
     assert render(SUM, "chat", tokenizer) == "26 Jul 2024, Friday"
     told = data.render([SUM], "chat", tokenizer, {"date": "2026-01-31"})
     assert told == ["31 Jan 2026, Saturday"]
+    for date in ("tomorrow", 2024):
+        with pytest.raises(ValueError, match=f"--template_args date={date}: "):
+            data.render([SUM], "chat", tokenizer, {"date": date})
+
+
+def test_a_grader_of_your_own_needs_no_words():
+    problem = data.Problem("Say a palindrome", {"answer": "5"}, "palindrome")
+    assert data.render([problem], "plain", byte_tokenizer()) == ["Say a palindrome\n"]
 
 
 @pytest.mark.parametrize("template, words", [
@@ -777,7 +793,7 @@ def test_a_date_in_a_chat_template_stands_still():
     ("{{ 9**9**9 }}", r"KeyError: '\*\*'"),  # would never end, and no thread run meanwhile
     ("{{ raise_exception('\x1b[2J') }}", r"TemplateError: \[2J"),
     ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
-     "longer than 0.05 s")])
+     "longer than 0.06 s")])
 def test_chat_templates_of_strangers(template, words, monkeypatch):
     """One line, whatever they raise, and a bound on time and output."""
     if "range(3000)" in template:

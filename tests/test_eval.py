@@ -268,6 +268,18 @@ def test_length_and_task_of_the_run_are_the_defaults(run, call, refused, tmp_pat
     assert "this tokenizer has none" in refused(checkpoint=edited(run, tmp_path, template="chat"))
 
 
+def test_a_run_on_a_file_is_asked_what_it_was_not_trained_on(run, call, tmp_path):
+    """A file has no test split: train.py holds a tenth back. By name, the file is asked whole."""
+    file = write(tmp_path / "chainsum.jsonl",
+                 [{"prompt": f"{i:06d}=", "answer": i % 10, "task": "chainsum"} for i in range(30)])
+    copy = edited(run, tmp_path, data=str(file))
+    call("--n", 1, checkpoint=copy)
+    assert [r["id"] for r in rows_of(copy)] == ["chainsum-2", "chainsum-12", "chainsum-22"]
+    assert results_of(copy)["chainsum"]["source"] is None
+    call("--n", 1, "--tasks", file, "--out", tmp_path / "whole", checkpoint=copy)
+    assert len(rows_of(tmp_path / "whole")) == 30
+
+
 @pytest.mark.parametrize("flags, says", [
     ({"data": ["x"]}, "unknown dataset"), ({"template_args": 5}, "template_args cannot be 5"),
     ({"turns": "12"}, "config.json: turns cannot be '12'")])
@@ -571,6 +583,7 @@ def test_reasoning_gym_as_a_task(call, chatty):
     (["--tasks", "chainsm"], "did you mean chainsum?"),
     (["--tasks", "chainsum,countdwn"], "mean countdown"),
     (["--suite", "maths"], "choose from"), (["--temprature", "1"], "did you mean --temperature"),
+    (["--checkpoint", "other"], "unknown flag '--checkpoint'"), (["--lisst"], "mean --list"),
     (["--n", "0"], "0 must be at least 1"), (["--n", "many"], "argument --n"),
     (["--limit", "-3"], "at least 1"),
     (["--k", "9"], "--k 9"), (["--k", "1,x"], "--k 1,x"), (["--k", "0"], "--k 0"),

@@ -756,7 +756,7 @@ def test_an_adapter_of_some_matrices(checkpoint, tmp_path):
     some = {name: t for name, t in load_file(file).items() if "q_proj" in name or "v_proj" in name}
     save_file(some, file)
     for name, layer in model.linears().items():
-        layer.adapted = name.endswith(("q_proj", "v_proj"))
+        layer.lora_on = name.endswith(("q_proj", "v_proj"))
     ids = torch.randint(0, 97, (1, 30))
     back = Model.from_pretrained(tmp_path / "all/adapter")
     assert relative(back(ids), model(ids)) < 1e-5
@@ -938,6 +938,8 @@ def test_what_smollm3_leaves_out_of_its_config():
     config = Config.from_dict({**QWEN, "model_type": "smollm3", "num_hidden_layers": 5,
                                "rope_theta": None, "tie_word_embeddings": None})
     assert [config.rotary(i) for i in range(5)] == [True, True, True, False, True]
+    config.raw["no_rope_layer_interval"] = 2
+    assert [config.rotary(i) for i in range(4)] == [True, False, True, False]
     second = 2 / config.head_dim
     assert network.inverse_frequencies(config)[1].item() == pytest.approx(2e6**-second)
     assert frequencies({**QWEN, "rope_theta": None})[1].item() == pytest.approx(1e4**-second)
