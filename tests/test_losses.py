@@ -35,20 +35,49 @@ def equal(a, b, tolerance=1e-10):
     torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance,
                                atol=tolerance, check_dtype=False)
 
+def each_tensor(batch, change):
+    """The batch with change(t) for every tensor t in it."""
+    out = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            out[key] = change(value)
+    return out
+
 # ---- 1. Golden numbers: the official functions, run in float64 on one fixed batch ----------------
 
-P_OLD = f64([[.90, .50, .10, .30, .70, .05], [.60, .20, .95, .40, .02, .80],
-             [.99, .15, .55, .25, .45, .35], [.08, .85, .65, .12, .33, .75]])
+P_OLD = f64([
+    [.90, .50, .10, .30, .70, .05],
+    [.60, .20, .95, .40, .02, .80],
+    [.99, .15, .55, .25, .45, .35],
+    [.08, .85, .65, .12, .33, .75],
+])
 # The 1.28 is DAPO's bound: right there, clamp has gradient 1 up to torch 2.13, 0 from 2.14 on.
-RATIO = f64([[1, 1.35, .70, 1.10, .95, 6], [1.05, .60, 1.01, 1.50, 3.5, .90],
-             [1, 1.25, .75, 2, 1.02, .98], [.50, 1.10, .92, 4, 1.28 - 1e-9, 1]])
-MASK = f64([[1] * 6, [1] * 5 + [0], [1] * 4 + [0] * 2, [1] * 6])
+RATIO = f64([
+    [1.00, 1.35, .70, 1.10, .95, 6.00],
+    [1.05, .60, 1.01, 1.50, 3.50, .90],
+    [1.00, 1.25, .75, 2.00, 1.02, .98],
+    [.50, 1.10, .92, 4.00, 1.28 - 1e-9, 1],
+])
+MASK = f64([
+    [1, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 1, 0],
+    [1, 1, 1, 1, 0, 0],
+    [1, 1, 1, 1, 1, 1],
+])
 ADV = f64([1, -1, .5, -.5])
-RHO = f64([[1, 1.2, .9, 2.5, 1, .3], [1.1, 1, .95, 1, 1.02, 1], [.4, 1.3, 1, 1.1, 1, 1],
-           [1, 6, 1.2, 1, .8, 1]])  # the trainer's old probability / the sampler's
+RHO = f64([  # the trainer's old probability / the sampler's
+    [1.0, 1.2, .90, 2.5, 1.00, .3],
+    [1.1, 1.0, .95, 1.0, 1.02, 1],
+    [.40, 1.3, 1.0, 1.1, 1.00, 1],
+    [1.0, 6.0, 1.2, 1.0, .800, 1],
+])
 SAMPLER_LOGP = P_OLD.log() - RHO.log()
-ENTROPY = f64([[.3, .9, 2.1, 1.2, .5, 3], [.8, 1.9, .1, 1.3, 3.3, .4],
-               [.05, 2.2, 1, 1.6, 1.1, 1.4], [2.6, .45, .75, 2.4, 1.5, .6]])
+ENTROPY = f64([
+    [.30, .90, 2.1, 1.2, .50, 3.0],
+    [.80, 1.9, .10, 1.3, 3.3, .40],
+    [.05, 2.2, 1.0, 1.6, 1.1, 1.4],
+    [2.6, .45, .75, 2.4, 1.5, .60],
+])
 
 # Where the numbers come from. `python experiments/golden.py` prints verl's and TRL's again.
 VERL = "verl 0.9.1, verl/trainer/ppo/core_algos.py"
@@ -151,8 +180,10 @@ def ppo(t, low, high, c=INF, x=None, A=None):
     """x A, but 0 where the rule K(x; low, high, c) stops the token."""
     x = t.ratio if x is None else x
     A = t.A if A is None else A
-    stopped = ((A > 0) & (x > high)) | ((A < 0) & ((x < low) | (x > c)))
-    return x * A * ~stopped
+    too_high = (A > 0) & (x > high)
+    too_low = (A < 0) & (x < low)
+    beyond_c = (A < 0) & (x > c)
+    return x * A * ~(too_high | too_low | beyond_c)
 
 def response_sum(t, values):
     return (values * t.mask).sum(1, keepdims=True)
@@ -163,15 +194,17 @@ def response_mean(t, values):
 def acpo(t):
     width = np.zeros_like(t.ratio)
     for k in range(5):
-        inside = (t.p >= k / 5) & (t.p < (k + 1) / 5) & (t.mask > 0)
+        start, end = k / 5, (k + 1) / 5
+        inside = (t.p >= start) & (t.p < end) & (t.mask > 0)
         if inside.any():
             std = math.sqrt(np.var(t.ratio[inside]) + 1e-8)
             width[inside] = min(.2 + 3 * std, 3)
     return ppo(t, 1 - width, 1 + width, 3)
 
 def etr(t):
-    c = t.pass_rate
-    width = .2 * (1 + .5 * np.tanh(np.abs(t.A))) * (1 + .5 * 4 * c * (1 - c))
+    strength = np.tanh(np.abs(t.A))
+    spread = 4 * t.pass_rate * (1 - t.pass_rate)
+    width = .2 * (1 + .5 * strength) * (1 + .5 * spread)
     return ppo(t, 1 - width, 1 + width)
 
 def dcpo(t):
@@ -183,8 +216,9 @@ def bapo_walk(t, target=1.0):
     """The walk as the paper tells it, one bound one step at a time."""
     low, high = .6, 1.2
     while True:
-        won = (np.minimum(t.ratio, high) * t.A)[t.A > 0].sum()
-        lost = (np.maximum(t.ratio, low) * -t.A)[t.A < 0].sum()
+        gain = np.minimum(t.ratio, high) * t.A
+        cost = np.maximum(t.ratio, low) * -t.A
+        won, lost = gain[t.A > 0].sum(), cost[t.A < 0].sum()
         if won >= target * lost or high > 3 - 1e-9:
             return low, high
         if low < .9 - 1e-9:
@@ -201,15 +235,24 @@ def m2po(t):
             limit = middle
         else:
             end = middle
-    return ppo(t, 1 - max(1 - math.exp(-limit), .3), 1 + max(math.exp(limit) - 1, .5))
+    below = max(1 - math.exp(-limit), .3)
+    above = max(math.exp(limit) - 1, .5)
+    return ppo(t, 1 - below, 1 + above)
 
 def gspo(t):
     s = np.exp(np.minimum(response_mean(t, t.log_ratio), 10))
     return ppo(t, 1 - 3e-4, 1 + 4e-4, x=s)
 
+def luspo(t):
+    s = np.exp(response_mean(t, t.log_ratio))
+    return ppo(t, .8, 1.2, x=s)
+
 def gmpo(t):
-    stopped = ((t.A > 0) & (t.log_ratio > .4)) | ((t.A < 0) & (t.log_ratio < -.4))
-    rho = np.exp(response_mean(t, np.where(stopped, np.sign(t.A) * .4, t.log_ratio)))
+    too_high = (t.A > 0) & (t.log_ratio > .4)
+    too_low = (t.A < 0) & (t.log_ratio < -.4)
+    stopped = too_high | too_low
+    clipped = np.where(stopped, np.sign(t.A) * .4, t.log_ratio)
+    rho = np.exp(response_mean(t, clipped))
     return t.A * rho * ~stopped
 
 def ctpo(t):
@@ -228,7 +271,9 @@ def fipo(t):
     w = np.ones_like(t.ratio)
     for i, row in enumerate(t.mask > 0):
         for j in np.flatnonzero(row):
-            rest = sum(.5 ** ((k - j) / 32) * t.log_ratio[i, k] for k in range(j, len(row)))
+            rest = 0.0
+            for k in range(j, len(row)):
+                rest += .5 ** ((k - j) / 32) * t.log_ratio[i, k]
             if not (t.A[i, j] < 0 and t.ratio[i, j] > 4):
                 w[i, j] = min(max(math.exp(rest), 1), 1.2)
     return w * ppo(t, .8, 1.28, 10)
@@ -244,38 +289,55 @@ def topr(t):
     return np.where(t.A > 0, 1, np.minimum(product, 1)) * t.A
 
 def stopped_by_ppo(t, low, high):
-    return (t.A < 0) & (t.ratio < low), (t.A > 0) & (t.ratio > high)
+    """Those of negative advantage below the band, those of positive advantage above it."""
+    below = (t.A < 0) & (t.ratio < low)
+    above = (t.A > 0) & (t.ratio > high)
+    return below, above
 
 def cispo_masked(t):
-    low, high = stopped_by_ppo(t, .8, 1.3)
-    return np.clip(t.ratio, 0, 1.45) * ~(low | high) * t.A
+    below, above = stopped_by_ppo(t, .8, 1.3)
+    return np.clip(t.ratio, 0, 1.45) * ~(below | above) * t.A
 
 def ce_gppo(t, beta_low=.75, beta_high=1, eps_high=.2):
-    low, high = stopped_by_ppo(t, .8, 1 + eps_high)
-    w = np.where(low, beta_low * .8, np.where(high, beta_high * (1 + eps_high), t.ratio))
-    return w * t.A * ~((t.A < 0) & (t.ratio > 10))
+    below, above = stopped_by_ppo(t, .8, 1 + eps_high)
+    w = np.where(below, beta_low * .8, t.ratio)
+    w = np.where(above, beta_high * (1 + eps_high), w)
+    beyond_c = (t.A < 0) & (t.ratio > 10)
+    return w * t.A * ~beyond_c
 
 def dgpo(t):
-    low, high = stopped_by_ppo(t, .8, 1.28)
-    return t.A * np.where(low, t.ratio**2 / .8, np.where(high, np.sqrt(t.ratio * 1.28), t.ratio))
+    below, above = stopped_by_ppo(t, .8, 1.28)
+    w = np.where(below, t.ratio**2 / .8, t.ratio)
+    w = np.where(above, np.sqrt(t.ratio * 1.28), w)
+    return t.A * w
 
 def aspo(t):
     eps = np.full_like(t.ratio, .2)
     for i, row in enumerate(t.mask > 0):
         if row.any():
-            eps[i][t.entropy[i] > np.quantile(t.entropy[i][row], .8)] = .4
-    low, high = stopped_by_ppo(t, 1 - eps, 1 + eps)
+            limit = np.quantile(t.entropy[i][row], .8)
+            eps[i][t.entropy[i] > limit] = .4
+    below, above = stopped_by_ppo(t, 1 - eps, 1 + eps)
     x = np.where(t.A > 0, 1 / t.ratio, t.ratio)
-    return t.A * np.minimum(x, 3) * ~(low | high)
+    return t.A * np.minimum(x, 3) * ~(below | above)
 
 def dppo(t, moved):
     outward = np.where(t.A > 0, t.p > t.p_old, t.p < t.p_old)
     return np.minimum(t.ratio, 20) * ~(moved & outward) * t.A
 
+def dppo_tv(t):
+    distance = np.abs(t.p - t.p_old)
+    return dppo(t, distance > .15)
+
 def dppo_kl(t):
     rest = (1 - t.p_old + 1e-8) / (1 - t.p + 1e-8)
-    kl = t.p_old * np.log(t.p_old / t.p) + (1 - t.p_old) * np.log(rest)
-    return dppo(t, kl > .05)
+    kl_drawn = t.p_old * np.log(t.p_old / t.p)
+    kl_rest = (1 - t.p_old) * np.log(rest)
+    return dppo(t, kl_drawn + kl_rest > .05)
+
+def cfpo(t):
+    penalty = np.abs(t.A) * (t.ratio - 1) / .2
+    return t.ratio * (t.A - penalty)
 
 def ipo(t):
     near = np.abs(t.p - t.p_old) <= .1
@@ -295,45 +357,77 @@ def by_entropy(t, share, sign):
 
 def covariance(t):
     n = t.mask.sum()
-    return (t.A - t.A.sum() / n) * (t.logp - t.logp.sum() / n)
+    A = t.A - t.A.sum() / n
+    logp = t.logp - t.logp.sum() / n
+    return A * logp
 
 def clip_cov(t):  # with k = 1 every candidate is drawn
-    return ppo(t, .8, 1.2) * ~((covariance(t) > 1) & (covariance(t) < 5))
+    score = covariance(t)
+    candidate = (score > 1) & (score < 5)
+    return ppo(t, .8, 1.2) * ~candidate
 
 def kl_cov(t):  # with k = 0.1
     score = np.where(t.mask > 0, covariance(t), -INF)
-    paying = score >= np.sort(score, axis=None)[-max(1, int(t.mask.sum() * .1))]
+    n = max(1, int(t.mask.sum() * .1))
+    paying = score >= np.sort(score, axis=None)[-n]
     return t.ratio * t.A - np.sign(t.log_ratio) * paying
+
+def psr_nsr(t):
+    A = np.where(t.A > 0, .1, 1) * t.A
+    return ppo(t, .8, 1.2, A=A)
+
+def wapo(t):
+    winners = np.maximum(t.A, 0)
+    return ppo(t, 0, 10, A=winners)
+
+def up_grpo(t):
+    losers = ppo(t, .8, INF, 3)
+    return np.where(t.A > 0, t.A, losers)
+
+def ar_lopti(t):
+    A = (.3 * t.p_old + .7) * t.A
+    return ppo(t, .8, 1.24, 3, A=A)
 
 TABLE = {  # name: (aggregation and advantage of the published run, weight)
     "grpo": (SEQ, "grpo", lambda t: ppo(t, .8, 1.2)),
     "dr_grpo": (NORM, "mean", lambda t: ppo(t, .8, 1.2)),
     "dapo": (TOKEN, "grpo", lambda t: ppo(t, .8, 1.28, 10)),
     "kl3": (SEQ, "grpo", lambda t: ppo(t, *losses.kl3_bounds(.1))),  # tested above
-    "psr_nsr": (TOKEN, "signed", lambda t: ppo(t, .8, 1.2, A=np.where(t.A > 0, .1, 1) * t.A)),
-    "wapo": ("winning-groups", "mean", lambda t: ppo(t, 0, 10, A=np.maximum(t.A, 0))),
-    "up_grpo": (TOKEN, "grpo", lambda t: np.where(t.A > 0, t.A, ppo(t, .8, INF, 3))),
-    "acpo": (SEQ, "grpo", acpo), "etr": (SEQ, "grpo", etr), "dcpo": (TOKEN, "grpo", dcpo),
-    "bapo": (TOKEN, "grpo", lambda t: ppo(t, *bapo_walk(t), 3)), "m2po": (TOKEN, "grpo", m2po),
-    "gspo": (SEQ, "grpo", gspo), "fipo": (TOKEN, "grpo", fipo), "ipo": (TOKEN, "grpo", ipo),
-    "luspo": (SEQ_SUM, "grpo",
-              lambda t: ppo(t, .8, 1.2, x=np.exp(response_mean(t, t.log_ratio)))),
-    "gmpo": (SEQ, "grpo", gmpo), "ctpo": (TOKEN, "grpo", ctpo),
-    "vespo": (TOKEN, "grpo", vespo), "topr": (SEQ_SUM, "signed", topr),
+    "psr_nsr": (TOKEN, "signed", psr_nsr),
+    "wapo": ("winning-groups", "mean", wapo),
+    "up_grpo": (TOKEN, "grpo", up_grpo),
+    "acpo": (SEQ, "grpo", acpo),
+    "etr": (SEQ, "grpo", etr),
+    "dcpo": (TOKEN, "grpo", dcpo),
+    "bapo": (TOKEN, "grpo", lambda t: ppo(t, *bapo_walk(t), 3)),
+    "m2po": (TOKEN, "grpo", m2po),
+    "gspo": (SEQ, "grpo", gspo),
+    "fipo": (TOKEN, "grpo", fipo),
+    "ipo": (TOKEN, "grpo", ipo),
+    "luspo": (SEQ_SUM, "grpo", luspo),
+    "gmpo": (SEQ, "grpo", gmpo),
+    "ctpo": (TOKEN, "grpo", ctpo),
+    "vespo": (TOKEN, "grpo", vespo),
+    "topr": (SEQ_SUM, "signed", topr),
     "cispo": (TOKEN, "grpo", lambda t: np.clip(t.ratio, 0, 1.3) * t.A),
     "cispo_masked": (SEQ, "grpo", cispo_masked),
-    "gppo": (TOKEN, "grpo", lambda t: ce_gppo(t, 1, 1, .28)), "ce_gppo": (TOKEN, "grpo", ce_gppo),
-    "dgpo": (TOKEN, "grpo", dgpo), "aspo": (TOKEN, "grpo", aspo),
-    "dppo_tv": (NORM, "grpo", lambda t: dppo(t, np.abs(t.p - t.p_old) > .15)),
-    "dppo_kl": (NORM, "grpo", dppo_kl), "sapo": (SEQ, "grpo", sapo),
-    "cfpo": (TOKEN, "grpo", lambda t: t.ratio * (t.A - np.abs(t.A) * (t.ratio - 1) / .2)),
+    "gppo": (TOKEN, "grpo", lambda t: ce_gppo(t, 1, 1, .28)),
+    "ce_gppo": (TOKEN, "grpo", ce_gppo),
+    "dgpo": (TOKEN, "grpo", dgpo),
+    "aspo": (TOKEN, "grpo", aspo),
+    "dppo_tv": (NORM, "grpo", dppo_tv),
+    "dppo_kl": (NORM, "grpo", dppo_kl),
+    "sapo": (SEQ, "grpo", sapo),
+    "cfpo": (TOKEN, "grpo", cfpo),
     "dro": (TOKEN, "grpo", lambda t: t.A - .1 * t.log_ratio),
     "reinforce": (TOKEN, "grpo", lambda t: t.ratio * t.A),
     "entropy_top": (SEQ, "grpo", lambda t: ppo(t, .8, 1.3, 3)),
     "entropy_bottom": (SEQ, "grpo", lambda t: ppo(t, .8, 1.3, 3)),
-    "ar_lopti": (SEQ, "grpo", lambda t: ppo(t, .8, 1.24, 3, A=(.3 * t.p_old + .7) * t.A)),
-    "clip_cov": (TOKEN, "grpo", clip_cov), "kl_cov": (TOKEN, "grpo", kl_cov),
-    "gpg": (TOKEN, "gpg", lambda t: t.A), "rloo": (SEQ_SUM, "rloo", lambda t: t.A),
+    "ar_lopti": (SEQ, "grpo", ar_lopti),
+    "clip_cov": (TOKEN, "grpo", clip_cov),
+    "kl_cov": (TOKEN, "grpo", kl_cov),
+    "gpg": (TOKEN, "gpg", lambda t: t.A),
+    "rloo": (SEQ_SUM, "rloo", lambda t: t.A),
     "raft": (SEQ, "reward", lambda t: np.maximum(t.A, 0)),
 }
 CHOSEN = {"entropy_top": lambda t: by_entropy(t, .2, 1),
@@ -346,27 +440,44 @@ def random_batch(seed, groups=3, group_size=4, T=8, dtype=torch.float64):
     """Responses of 0 to T tokens, some with a hole; odd seeds are far off policy."""
     rng = np.random.default_rng(seed)
     B = groups * group_size
-    mask = (np.arange(T) < rng.integers(0, T + 1, B)[:, None]) & (rng.random((B, T)) > .1)
+    length = rng.integers(0, T + 1, B)
+    no_hole = rng.random((B, T)) > .1
+    mask = (np.arange(T) < length[:, None]) & no_hole
     mask[0] = True
     old_logp = -rng.exponential(2, (B, T)) - .02
-    spread = rng.choice([.1, .5, 3.] if seed % 2 else [.02, .05, .1, .1, .6], (B, T))
-    logp = np.minimum(old_logp + rng.normal(size=(B, T)) * spread, -rng.uniform(.01, .02, (B, T)))
-    pass_rate = rng.integers(0, 2, (groups, group_size)).mean(1).repeat(group_size)
-    arrays = dict(logp=logp, old_logp=old_logp, adv=rng.normal(0, 1.5, B), mask=mask,
-                  entropy=rng.exponential(1, (B, T)), sum_p2=rng.random((B, T)),
-                  pass_rate=pass_rate)
+    spreads = [.1, .5, 3.] if seed % 2 else [.02, .05, .1, .1, .6]
+    spread = rng.choice(spreads, (B, T))
+    moved = old_logp + rng.normal(size=(B, T)) * spread
+    logp = np.minimum(moved, -rng.uniform(.01, .02, (B, T)))  # a probability stays below 1
+    pass_rate = rng.integers(0, 2, (groups, group_size)).mean(1)
+    arrays = dict(
+        logp=logp,
+        old_logp=old_logp,
+        adv=rng.normal(0, 1.5, B),
+        mask=mask,
+        entropy=rng.exponential(1, (B, T)),
+        sum_p2=rng.random((B, T)),
+        pass_rate=pass_rate.repeat(group_size),
+    )
     batch = {key: torch.tensor(value, dtype=dtype) for key, value in arrays.items()}
     return batch | dict(group_size=group_size, max_len=T + 3)
 
 def table_view(batch):
     """The batch as the table's formulas read it: (B,T) arrays, 0 outside the mask."""
-    n = {key: t.numpy() for key, t in batch.items() if isinstance(t, torch.Tensor)}
-    m = n["mask"]
-    log_ratio = (n["logp"] - n["old_logp"]) * m
+    array = each_tensor(batch, torch.Tensor.numpy)
+    mask = array["mask"]
+    log_ratio = (array["logp"] - array["old_logp"]) * mask
     return SimpleNamespace(
-        mask=m, logp=n["logp"] * m, log_ratio=log_ratio, ratio=np.exp(log_ratio),
-        p=np.exp(n["logp"]), p_old=np.exp(n["old_logp"]), A=n["adv"][:, None] * m,
-        entropy=n["entropy"], pass_rate=n["pass_rate"][:, None])
+        mask=mask,
+        logp=array["logp"] * mask,
+        log_ratio=log_ratio,
+        ratio=np.exp(log_ratio),
+        p=np.exp(array["logp"]),
+        p_old=np.exp(array["old_logp"]),
+        A=array["adv"][:, None] * mask,
+        entropy=array["entropy"],
+        pass_rate=array["pass_rate"][:, None],
+    )
 
 def run(name, batch, **arguments):
     """(loss, gradient, metrics) of ours."""
@@ -375,16 +486,25 @@ def run(name, batch, **arguments):
     loss, metrics = policy_loss(name, logp, **batch)
     return loss.detach(), torch.autograd.grad(loss, logp)[0], metrics
 
+def gradient(name, batch, **arguments):
+    return run(name, batch, **arguments)[1]
+
 def share_in_mean(agg, mask, A, group_size, max_len):
     """What each token counts in the mean, by loops. (B,T)"""
     share = np.zeros_like(mask)
     rows = [i for i in range(len(mask)) if mask[i].any()]
-    won = [A[g:g + group_size].sum(1).max() > 0 for g in range(0, len(mask), group_size)]
+    won = 0
+    for start in range(0, len(mask), group_size):
+        won += A[start:start + group_size].sum(1).max() > 0
     for i in rows:
-        share[i] = mask[i] * {
-            TOKEN: 1 / mask.sum(), SEQ: 1 / mask[i].sum() / len(rows), SEQ_SUM: 1 / len(rows),
+        per_token = {
+            TOKEN: 1 / mask.sum(),
+            SEQ: 1 / mask[i].sum() / len(rows),
+            SEQ_SUM: 1 / len(rows),
             NORM: 1 / len(rows) / max_len,
-            "winning-groups": 1 / max(1, sum(won)) / max_len / group_size}[agg]
+            "winning-groups": 1 / max(1, won) / max_len / group_size,
+        }
+        share[i] = mask[i] * per_token[agg]
     return share
 
 def table_error(name, seed):
@@ -394,7 +514,8 @@ def table_error(name, seed):
     agg, _, weight = TABLE[name]
     chosen = CHOSEN[name](t) if name in CHOSEN else t.mask
     share = share_in_mean(agg, chosen, t.A, batch["group_size"], batch["max_len"])
-    return np.abs(run(name, batch)[1].numpy() + share * weight(t)).max()
+    expected = -share * weight(t)
+    return np.abs(gradient(name, batch).numpy() - expected).max()
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_gradient_is_the_weight_of_the_table(name):
@@ -405,12 +526,16 @@ def test_the_gradient_is_the_weight_of_the_table(name):
 def test_the_random_tokens_reach_every_case_of_the_table():
     """A table is only as good as its rows: both signs in every stretch of the ratio, every bin."""
     views = [table_view(random_batch(seed)) for seed in range(25)]
-    ratio, A, p = (np.concatenate([vars(v)[key][v.mask > 0] for v in views])
-                   for key in ("ratio", "A", "p"))
+
+    def all_tokens(key):
+        return np.concatenate([getattr(t, key)[t.mask > 0] for t in views])
+
+    ratio, A, p = all_tokens("ratio"), all_tokens("A"), all_tokens("p")
     edges = [0, .5, .8, 1.2, 1.5, 3, 10, 20, INF]
     for low, high in zip(edges, edges[1:]):
         inside = (ratio > low) & (ratio < high)
-        assert (inside & (A > 0)).any() and (inside & (A < 0)).any(), (low, high)
+        assert (inside & (A > 0)).any(), (low, high)
+        assert (inside & (A < 0)).any(), (low, high)
     assert set((p * 5).astype(int)) == set(range(5))
 
 # ---- 3. What holds for every objective, yours included -------------------------------------------
@@ -420,12 +545,17 @@ BAD = f64([INF, -INF, math.nan, 1e30, 3.0])
 def dirty(batch, seed):
     """The batch with anything at all outside the mask, and two more columns of it."""
     rng = torch.Generator().manual_seed(seed)
+
+    def anything(*shape):
+        return BAD[torch.randint(5, shape, generator=rng)]
+
     outside = batch["mask"] == 0
-    out = dict(batch, mask=torch.cat([batch["mask"], torch.zeros(len(outside), 2)], 1))
+    two_columns = torch.zeros(len(outside), 2)
+    out = dict(batch, mask=torch.cat([batch["mask"], two_columns], 1))
     for key in ("logp", "old_logp", "entropy", "sum_p2"):
         t = batch[key].clone()
-        t[outside] = BAD[torch.randint(5, (int(outside.sum()),), generator=rng)]
-        out[key] = torch.cat([t, BAD[torch.randint(5, (len(t), 2), generator=rng)]], 1)
+        t[outside] = anything(int(outside.sum()))
+        out[key] = torch.cat([t, anything(len(t), 2)], 1)
     return out
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -437,7 +567,8 @@ def test_padding_never_counts_whatever_it_holds(name):
         assert grad.abs().max() > 1e-6
         equal(loss2, loss)
         equal(grad2[:, :8], grad)
-        assert not grad2[:, 8:].any() and not grad2[:, :8][batch["mask"] == 0].any()
+        assert not grad2[:, 8:].any()
+        assert not grad2[:, :8][batch["mask"] == 0].any()
         for key in metrics:
             equal(metrics2[key], metrics[key])
 
@@ -448,26 +579,48 @@ def test_nan_at_one_token_gives_a_nan_loss_and_no_exception(name, key):
     for row in (0, 1, 2, 3, 4):
         batch = random_batch(1)
         if batch["mask"][row].any():
-            batch[key][row, batch["mask"][row].argmax()] = math.nan
+            first = batch["mask"][row].argmax()
+            batch[key][row, first] = math.nan
             assert run(name, batch)[0].isnan()
-            batch[key][row, batch["mask"][row].argmax()] = -INF  # a token of probability 0
+            batch[key][row, first] = -INF  # a token of probability 0
             run(name, batch)
+
+EXTREMES = [  # logp, old_logp
+    (0, -30),
+    (-30, 0),
+    (-1e-3, -30),
+    (-60, -.5),
+    (0, 0),
+    (-90, -60),
+    (-.1, -.1),
+    (0, -120),
+    (-120, 0),
+]
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_ratios_and_empty_responses_stay_finite(name, dtype):
-    logp = torch.tensor([0, -30, -1e-3, -60, 0, -90, -.1, 0, -120], dtype=dtype).repeat(5, 1)
-    old = torch.tensor([-30, 0, -30, -.5, 0, -60, -.1, -120, 0], dtype=dtype).repeat(5, 1)
+    pairs = torch.tensor(EXTREMES, dtype=dtype)
+    logp = pairs[:, 0].repeat(5, 1)
+    old_logp = pairs[:, 1].repeat(5, 1)
     mask = torch.ones(5, 9)
     mask[3:] = 0
     adv = torch.tensor([1, -1, 0, 1, -1], dtype=dtype)
-    everything = dict(logp=logp, old_logp=old, adv=adv, mask=mask, entropy=-logp,
-                      sum_p2=logp.exp(), pass_rate=adv.abs(), ref_logp=old, kl_beta=.1)
-    for batch in (everything, everything | dict(mask=mask * 0), everything | dict(adv=adv * 0)):
+    full = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=-logp,
+                sum_p2=logp.exp(), pass_rate=adv.abs(), ref_logp=old_logp, kl_beta=.1)
+    no_tokens = full | dict(mask=mask * 0)
+    no_advantage = full | dict(adv=adv * 0)
+    for batch in (full, no_tokens, no_advantage):
         loss, grad, metrics = run(name, batch)
-        assert loss.isfinite() and grad.isfinite().all() and loss.dtype == grad.dtype == dtype
+        assert loss.isfinite() and grad.isfinite().all()
+        assert loss.dtype == grad.dtype == dtype
         for value in metrics.values():
             assert value.isfinite() and value.dim() == 0 and not value.requires_grad
+
+CUTS = [  # anywhere, also through groups; and dealt out in turn, as to ranks
+    [slice(0, 5), slice(5, 12)],
+    [slice(0, 12, 2), slice(1, 12, 2)],
+]
 
 def split_runs(name, batch, parts):
     """Loss, gradient and token-weighted metrics of micro-batches, and those of the whole batch."""
@@ -475,30 +628,33 @@ def split_runs(name, batch, parts):
     wins = (batch["adv"] > 0) & (tokens > 0)
     totals = {"tokens": tokens.sum(), "sequences": (tokens > 0).sum(),
               "winning_groups": wins.view(-1, batch["group_size"]).any(1).sum()}
-    if OBJECTIVES[name].statistics is not None:
-        totals["statistics"] = sum(OBJECTIVES[name].statistics(
-            batch["logp"][rows], batch["old_logp"][rows], batch["mask"][rows]) for rows in parts)
+    statistics = OBJECTIVES[name].statistics
+    if statistics is not None:
+        totals["statistics"] = sum(
+            statistics(batch["logp"][rows], batch["old_logp"][rows], batch["mask"][rows])
+            for rows in parts)
     loss, grad, metrics = 0, torch.zeros_like(batch["logp"]), {}
     for rows in parts:
-        part = {k: t[rows] if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
-        one, grad[rows], m = run(name, part, totals=totals)
-        loss = loss + one
-        for key, value in m.items():
-            metrics[key] = metrics.get(key, 0) + value * tokens[rows].sum() / tokens.sum()
+        part = each_tensor(batch, lambda t: t[rows])
+        part_loss, grad[rows], part_metrics = run(name, part, totals=totals)
+        loss = loss + part_loss
+        weight = tokens[rows].sum() / tokens.sum()
+        for key, value in part_metrics.items():
+            metrics[key] = metrics.get(key, 0) + value * weight
     return (loss, grad, metrics), run(name, batch)
 
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in BATCH_STATISTICS])
 def test_micro_batches_and_ranks_add_up(name):
-    """Cut anywhere, also through groups, and dealt out in turn as to ranks; without the totals the
-    gradient would be another."""
+    """Without the totals the gradient would be another."""
     for seed in (1, 2, 3):
         batch = random_batch(seed)
-        for parts in ([slice(0, 5), slice(5, 12)], [slice(0, 12, 2), slice(1, 12, 2)]):
+        for parts in CUTS:
             (loss, grad, metrics), (loss2, grad2, metrics2) = split_runs(name, batch, parts)
             assert grad2.abs().max() > 1e-4
             equal(loss, loss2)
             equal(grad, grad2)
-            metrics["ratio_std"] = (metrics["ratio_sq"] - (metrics["ratio_mean"] - 1) ** 2).sqrt()
+            mean = metrics["ratio_mean"] - 1
+            metrics["ratio_std"] = (metrics["ratio_sq"] - mean**2).sqrt()
             for key in metrics2:
                 equal(metrics[key], metrics2[key], 1e-7)
 
@@ -507,16 +663,16 @@ def test_objectives_with_a_statistic_of_the_batch_are_known(name):
     """Those that the test above leaves out do depend on the cut; else it should have them."""
     changes = []
     for seed in range(8):
-        parts, whole = split_runs(name, random_batch(seed), [slice(0, 5), slice(5, 12)])
+        parts, whole = split_runs(name, random_batch(seed), CUTS[0])
         changes.append((parts[1] - whole[1]).abs().max().item())
     assert max(changes) > 1e-4
 
 def test_acpo_without_totals_takes_the_statistics_of_its_own_rows():
     batch = random_batch(4)
     own = losses.ratio_moments(batch["logp"], batch["old_logp"], batch["mask"])
-    _, grad, _ = run("acpo", batch)
-    _, given, _ = run("acpo", batch, totals={"statistics": own})
-    _, other, _ = run("acpo", batch, totals={"statistics": own * 0})  # std 0
+    grad = gradient("acpo", batch)
+    given = gradient("acpo", batch, totals={"statistics": own})
+    other = gradient("acpo", batch, totals={"statistics": own * 0})  # std 0
     equal(grad, given)
     assert not torch.equal(grad, other)
 
@@ -525,12 +681,13 @@ def test_half_precision_is_computed_in_float32_and_inputs_stay_as_they_are(name)
     batch = random_batch(1, dtype=torch.float32)
     half = batch | {key: batch[key].bfloat16() for key in ("logp", "old_logp")}
     full = batch | {key: half[key].float() for key in ("logp", "old_logp")}
-    before = {key: t.clone() for key, t in half.items() if isinstance(t, torch.Tensor)}
+    before = each_tensor(half, torch.clone)
     loss, grad, _ = run(name, half)
     assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
     equal(loss, run(name, full)[0], 1e-6)
-    for key, t in before.items():
-        assert torch.equal(half[key], t)
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(half[key], value)
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_flows_to_logp_alone(name):
@@ -540,39 +697,45 @@ def test_gradient_flows_to_logp_alone(name):
         batch[key] = batch[key].clone().requires_grad_()
     loss, _ = policy_loss(name, **batch, ref_logp=batch["old_logp"], kl_beta=.1, correction="tis")
     loss.backward()
-    assert [key for key, t in batch.items() if getattr(t, "grad", None) is not None] == ["logp"]
+    reached = [key for key, t in batch.items() if getattr(t, "grad", None) is not None]
+    assert reached == ["logp"]
 
 # ---- 4. Single objectives ------------------------------------------------------------------------
 
 def one_token(log_ratio, adv):
-    return dict(logp=f64([[-.1]]), old_logp=f64([[-.1 - log_ratio]]), adv=f64([adv]),
-                mask=f64([[1]]), entropy=f64([[1]]), pass_rate=f64([.5]))
+    one = f64([[1]])
+    logp = -.1 * one
+    return dict(logp=logp, old_logp=logp - log_ratio, adv=f64([adv]),
+                mask=one, entropy=one, pass_rate=f64([.5]))
 
 @pytest.mark.parametrize("name", [name for name in TABLE if "dual_clip" in
                                   inspect.signature(OBJECTIVES[name]).parameters])
 def test_dual_clip_none_lets_losers_push_without_bound(name):
     batch = one_token(1.5, -1)
-    free = run(name, batch, dual_clip=None)[1].item()
-    stopped = run(name, batch, dual_clip=.05 if name == "ctpo" else 2.0)[1].item()
+    free = gradient(name, batch, dual_clip=None).item()
+    stopped = gradient(name, batch, dual_clip=.05 if name == "ctpo" else 2.0).item()
     scale = .3 * math.exp(-1.6) + .7 if name == "ar_lopti" else 1
     equal(free, scale * math.exp(1.5))
     equal(stopped, 2.0 if name == "aspo" else 0.0)  # aspo caps the weight and keeps the token
 
 def test_beyond_a_log_ratio_of_20_the_gradient_ends():
     """As in verl: else A < 0 without a dual clip puts a weight of e^25 on one token."""
-    equal(run("grpo", one_token(19.9, -1))[1].item(), math.exp(19.9))
-    assert run("grpo", one_token(25.0, -1))[1].item() == 0
-    equal(run("gspo", one_token(12.0, -1))[1].item(), math.exp(10))  # of responses: 10, capped
-    equal(run("ctpo", one_token(12.0, -1), dual_clip=None)[1].item(), math.exp(10))
-    equal(run("gmpo", one_token(25.0, -1))[0].item(), math.exp(20))
+    near, far, farther = (one_token(log_ratio, -1) for log_ratio in (12.0, 19.9, 25.0))
+    equal(gradient("grpo", far).item(), math.exp(19.9))
+    assert gradient("grpo", farther).item() == 0
+    equal(gradient("gspo", near).item(), math.exp(10))  # of responses: 10, capped
+    equal(gradient("ctpo", near, dual_clip=None).item(), math.exp(10))
+    equal(run("gmpo", farther)[0].item(), math.exp(20))
 
 def test_the_passes_of_lopti_share_the_tokens_between_them():
     batch = random_batch(6)
-    whole = run("ar_lopti", batch)[1]
-    low, high = (run("ar_lopti", batch, **extra)[1] for extra in OBJECTIVES["ar_lopti"].passes)
+    whole = gradient("ar_lopti", batch)
+    low, high = (gradient("ar_lopti", batch, **extra) for extra in OBJECTIVES["ar_lopti"].passes)
     equal(low + high, whole)
-    assert low.any() and high.any() and not low[batch["old_logp"].exp() >= .5].any()
+    assert low.any() and high.any()
     assert not (low * high).any()
+    likely = batch["old_logp"].exp() >= .5
+    assert not low[likely].any()
 
 def test_bapo_stops_where_the_walk_stops():
     """At targets that end the walk at its start, on its way, and never."""
@@ -590,30 +753,37 @@ def test_m2po_clips_nothing_while_the_budget_lasts():
     batch = random_batch(3)
     _, grad, m = run("m2po", batch, budget=1e9)
     equal(m["band_high"].item() / math.exp(20), 1.0)
-    equal(grad, run("grpo", batch, agg=TOKEN, eps_low=9, eps_high=1e9)[1])
+    equal(grad, gradient("grpo", batch, agg=TOKEN, eps_low=9, eps_high=1e9))
 
 def test_clip_cov_drops_as_many_candidates_as_it_says():
     batch = random_batch(7, groups=8, T=30)
     t = table_view(batch)
-    plain = run("grpo", batch, agg=TOKEN)[1]
-    cov = covariance(t)
-    candidate = torch.tensor((cov > 1) & (cov < 5) & (t.mask > 0)) & (plain != 0)
-    for share, n in ((2e-4, 1), (.05, int(.05 * t.mask.sum()))):
-        grad = run("clip_cov", batch, k=share)[1]
+    plain = gradient("grpo", batch, agg=TOKEN)
+    score = covariance(t)
+    inside = (score > 1) & (score < 5) & (t.mask > 0)
+    candidate = torch.tensor(inside) & (plain != 0)
+    twentieth = int(.05 * t.mask.sum())
+    for share, n in ((2e-4, 1), (.05, twentieth)):
+        grad = gradient("clip_cov", batch, k=share)
         dropped = grad != plain
         assert dropped.sum() == n < candidate.sum()
         assert candidate[dropped].all() and not grad[dropped].any()
-    draws = {tuple(run("clip_cov", batch, k=2e-4, seed=seed)[1].eq(0).flatten().tolist())
-             for seed in range(5)}
+    equal(gradient("clip_cov", batch, k=.05), grad)  # the same batch, the same draw
+    draws = set()
+    for seed in range(5):
+        dropped = gradient("clip_cov", batch, k=2e-4, seed=seed) == 0
+        draws.add(tuple(dropped.flatten().tolist()))
     assert len(draws) > 1
-    equal(run("clip_cov", batch, k=.05)[1], grad)  # the same batch, the same draw
 
 def test_psr_and_nsr_leave_the_other_half_out_of_the_mean():
     batch = random_batch(8)
     batch["adv"] = batch["adv"].sign()
-    for arguments, kept in ((dict(psr=1.0, nsr=0.0), batch["adv"] > 0),
-                            (dict(psr=0.0), batch["adv"] < 0)):
-        half = {k: t[kept] if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
+    cases = [
+        (dict(psr=1.0, nsr=0.0), batch["adv"] > 0),
+        (dict(psr=0.0), batch["adv"] < 0),
+    ]
+    for arguments, kept in cases:
+        half = each_tensor(batch, lambda t: t[kept])
         loss, grad, _ = run("psr_nsr", batch, **arguments)
         loss2, grad2, _ = run("grpo", half, agg=TOKEN)
         equal(loss, loss2)
@@ -621,17 +791,19 @@ def test_psr_and_nsr_leave_the_other_half_out_of_the_mean():
 
 def test_penalty_on_the_kl_is_the_kl_by_enumeration():
     """E_pi[k3] = KL(pi || ref); with the two swapped, as peers had it, it is another number."""
-    pi, ref = f64(np.random.default_rng(0).normal(size=(2, 1, 50))).log_softmax(-1)
+    logits = f64(np.random.default_rng(0).normal(size=(2, 50)))
+    pi, ref = logits.log_softmax(-1)
     true_kl = (pi.exp() * (pi - ref)).sum()
-    per_token = []
+    loss, grad = torch.zeros_like(pi), torch.zeros_like(pi)
+    mask = f64([[1]])
     for i in range(50):
-        one = dict(logp=pi[:, i:i + 1], old_logp=pi[:, i:i + 1], adv=f64([0]), mask=f64([[1]]))
-        per_token.append(run("grpo", one, ref_logp=ref[:, i:i + 1], kl_beta=.5))
-    loss = torch.stack([token[0] for token in per_token])
-    grad = torch.stack([token[1].view(()) for token in per_token])
+        logp, ref_logp = pi[i] * mask, ref[i] * mask  # (1,1)
+        token = dict(logp=logp, old_logp=logp, adv=f64([0]), mask=mask)
+        loss[i], one_grad, _ = run("grpo", token, ref_logp=ref_logp, kl_beta=.5)
+        grad[i] = one_grad.item()
     assert (loss >= 0).all()
-    equal((pi[0].exp() * loss).sum(), .5 * true_kl)
-    equal(grad, .5 * (1 - (ref - pi)[0].exp()))
+    equal((pi.exp() * loss).sum(), .5 * true_kl)
+    equal(grad, .5 * (1 - (ref - pi).exp()))
 
 # ---- 5. The sampler is not the trainer -----------------------------------------------------------
 
@@ -639,61 +811,82 @@ def with_sampler(batch, seed=0):
     """The batch, sampled by another policy: near for some responses, far for others."""
     rng = np.random.default_rng(seed)
     B, T = batch["logp"].shape
-    gap = rng.normal(size=(B, T)) * rng.choice([.003, .1, 1.], (B, 1))
-    return batch | dict(sampler_logp=batch["old_logp"] - torch.tensor(gap).to(batch["logp"]))
+    noise = rng.normal(size=(B, T))
+    spread = rng.choice([.003, .1, 1.], (B, 1))
+    gap = torch.tensor(noise * spread).to(batch["logp"])
+    return batch | dict(sampler_logp=batch["old_logp"] - gap)
 
 def weight_by_loops(name, batch):
-    """(B,T): what each framework multiplies a token's loss with, token by token."""
-    t, sampler = table_view(batch), batch["sampler_logp"].numpy()
-    old = batch["old_logp"].numpy()
+    """(B,T): what each framework multiplies a token's loss with, response by response."""
+    t = table_view(batch)
     weight = np.ones_like(t.mask)
     for i, row in enumerate(t.mask > 0):
-        rho = [math.exp(old[i, j] - sampler[i, j]) for j in np.flatnonzero(row)]
-        if not rho:
+        if not row.any():
             continue
-        product = math.prod(rho)
+        sampler = batch["sampler_logp"].numpy()[i, row]
+        rho = np.exp(batch["old_logp"].numpy()[i, row] - sampler)
+        product = rho.prod()
         mean = product ** (1 / len(rho))
-        left = np.mean([sampler[i, j] - t.logp[i, j] for j in np.flatnonzero(row)])
-        weight[i, row] = {
-            "tis": [min(r, 2) for r in rho], "icepop": [r * (.5 <= r <= 5) for r in rho],
-            "seq_tis": min(product, 2), "seq_mis": product * (product <= 3),
+        left = (sampler - t.logp[i, row]).mean()
+        by_name = {
+            "tis": np.minimum(rho, 2),
+            "icepop": rho * (rho >= .5) * (rho <= 5),
+            "seq_tis": min(product, 2),
+            "seq_mis": product * (product <= 3),
             "geo_mis": .99 <= mean <= 1.01,
-            "opsm": not (batch["adv"][i] < 0 and left > 1e-4)}[name]
+            "opsm": not (batch["adv"][i] < 0 and left > 1e-4),
+        }
+        weight[i, row] = by_name[name]
     return weight
+
+WEIGHTS = {  # those that the random batches must show: 0 drops a token, 1 keeps it, else "other"
+    "tis": {"other"},
+    "icepop": {0, "other"},
+    "seq_tis": {"other"},
+    "seq_mis": {0, "other"},
+    "geo_mis": {0, 1},
+    "opsm": {0, 1},
+}
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gpg", "cispo", "ipo"])
 def test_a_correction_is_a_weight_and_what_it_drops_still_counts_in_the_mean(name, loss):
     """So the gradient is that without it, token by token, times the weight: no new denominator."""
-    kinds = set()
+    seen = set()
     for seed in range(8):
         batch = with_sampler(random_batch(seed), seed)
-        plain, expected = run(loss, batch)[1], torch.tensor(weight_by_loops(name, batch))
+        plain = gradient(loss, batch)
+        expected = torch.tensor(weight_by_loops(name, batch))
         _, grad, metrics = run(loss, batch, correction=name)
         assert plain.abs().max() > 1e-4
         equal(grad, plain * expected)
-        masked = ((expected == 0) & (batch["mask"] > 0)).sum() / batch["mask"].sum()
-        equal(metrics["masked"], masked, 1e-6)
-        kinds |= {"dropped" if w == 0 else "kept" if w == 1 else "weighted"
-                  for w in expected[batch["mask"] > 0].unique().tolist()}
-    assert kinds >= {"tis": {"weighted"}, "seq_tis": {"weighted"}, "geo_mis": {"kept", "dropped"},
-                     "opsm": {"kept", "dropped"}}.get(name, {"weighted", "dropped"})
+        weights = expected[batch["mask"] > 0]
+        dropped = (weights == 0).sum() / len(weights)
+        equal(metrics["masked"], dropped, 1e-6)
+        seen |= {w if w in (0, 1) else "other" for w in weights.tolist()}
+    assert seen >= WEIGHTS[name]
 
 @pytest.mark.parametrize("name, arguments", [
-    ("tis", dict(high=1.05)), ("icepop", dict(low=.9, high=1.1)), ("seq_tis", dict(high=1.1)),
-    ("seq_mis", dict(high=1.1)), ("geo_mis", dict(low=.5, high=2.0)), ("opsm", dict(delta=-1.))])
+    ("tis", dict(high=1.05)),
+    ("icepop", dict(low=.9, high=1.1)),
+    ("seq_tis", dict(high=1.1)),
+    ("seq_mis", dict(high=1.1)),
+    ("geo_mis", dict(low=.5, high=2.0)),
+    ("opsm", dict(delta=-1.)),
+])
 def test_the_bounds_of_a_correction_are_arguments(name, arguments):
     batch = with_sampler(random_batch(3), 3)
-    usual = run("grpo", batch, correction=name)[1]
-    assert not torch.equal(run("grpo", batch, correction=name, correction_args=arguments)[1], usual)
+    usual = gradient("grpo", batch, correction=name)
+    other = gradient("grpo", batch, correction=name, correction_args=arguments)
+    assert not torch.equal(other, usual)
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_correction_without_a_gap_changes_nothing(name):
     batch = random_batch(2)
     batch["sampler_logp"] = batch["old_logp"].clone()
     arguments = dict(delta=99.) if name == "opsm" else {}  # opsm sees the updates as well
-    loss, grad, metrics = run("grpo", batch, correction=name, correction_args=arguments)
-    equal(grad, run("grpo", batch)[1])
+    _, grad, metrics = run("grpo", batch, correction=name, correction_args=arguments)
+    equal(grad, gradient("grpo", batch))
     assert metrics["masked"] == 0
 
 @pytest.mark.parametrize("name", CORRECTIONS)
@@ -707,10 +900,10 @@ def test_corrections_are_safe_from_padding_nan_and_extremes(name):
     equal(loss2, loss)
     equal(grad2[:, :8], grad)
     equal(metrics2["masked"], metrics["masked"])
+    single = each_tensor(batch, torch.Tensor.float)
     for far in (-300.0, 300.0):  # float32 cannot hold e^300
-        single = {k: t.float() if isinstance(t, torch.Tensor) else t for k, t in batch.items()}
-        loss, grad, _ = run("dapo", single | dict(sampler_logp=single["old_logp"] + far),
-                            correction=name)
+        single["sampler_logp"] = single["old_logp"] + far
+        loss, grad, _ = run("dapo", single, correction=name)
         assert loss.isfinite() and grad.isfinite().all()
     batch["sampler_logp"][0, 0] = math.nan
     assert run("dapo", batch, correction=name)[0].isnan()
@@ -719,65 +912,85 @@ def test_corrections_are_safe_from_padding_nan_and_extremes(name):
 def test_corrected_micro_batches_add_up(name):
     for loss in ("grpo", "dapo", "gspo", "acpo"):
         batch = with_sampler(random_batch(3)) | dict(correction=name)
-        for parts in ([slice(0, 5), slice(5, 12)], [slice(0, 12, 2), slice(1, 12, 2)]):
-            (loss1, grad1, m1), (loss2, grad2, m2) = split_runs(loss, batch, parts)
+        for parts in CUTS:
+            (loss1, grad1, metrics1), (loss2, grad2, metrics2) = split_runs(loss, batch, parts)
             assert grad2.abs().max() > 1e-4
             equal(loss1, loss2)
             equal(grad1, grad2)
-            equal(m1["masked"], m2["masked"])
+            equal(metrics1["masked"], metrics2["masked"])
 
 def test_a_correction_leaves_the_penalty_on_the_kl_alone():
     batch = with_sampler(random_batch(3))
     batch["adv"] *= 0
     batch |= dict(ref_logp=batch["old_logp"], kl_beta=.1)
-    plain = run("grpo", batch)[1]
+    plain = gradient("grpo", batch)
     assert plain.abs().max() > 1e-4
-    equal(run("grpo", batch, correction="tis")[1], plain)
+    equal(gradient("grpo", batch, correction="tis"), plain)
 
 def test_opsm_drops_losers_alone():
     """Without an advantage some losses still have a gradient: DRO's leash, IPO's penalty."""
     batch = with_sampler(random_batch(3))
     batch["adv"] *= 0
     _, grad, metrics = run("dro", batch, correction="opsm", correction_args=dict(delta=-9.))
-    equal(grad, run("dro", batch)[1])
-    assert metrics["masked"] == 0 and grad.abs().max() > 1e-4
+    equal(grad, gradient("dro", batch))
+    assert metrics["masked"] == 0
+    assert grad.abs().max() > 1e-4
 
 def test_the_geometric_mean_is_not_the_mean_of_the_ratios():
     """A peer took the mean of exp for the exp of the mean: here 1.25 and 1."""
-    old = f64([[-1.0, -1.0]])
-    batch = dict(logp=old, old_logp=old, adv=f64([1]), mask=torch.ones(1, 2))
+    logp, mask = f64([[-1.0, -1.0]]), torch.ones(1, 2)
+    batch = dict(logp=logp, old_logp=logp, adv=f64([1]), mask=mask)
     for rho, masked in (((2, .5), 0), ((1.3, .7), 1)):
-        _, _, metrics = run("grpo", batch | dict(sampler_logp=old - f64([rho]).log()),
-                            correction="geo_mis")
+        batch["sampler_logp"] = logp - f64([rho]).log()
+        _, _, metrics = run("grpo", batch, correction="geo_mis")
         assert metrics["masked"] == masked
 
 # ---- 6. Advantages, aggregation, metrics ---------------------------------------------------------
 
-REWARD = f64([1, 0, 0, 1, .1, .1, .1, .1, 0, .3, .9, .3])  # the second group has no signal
-LENGTH = f64([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
+REWARD = f64([
+    1, 0, 0, 1,
+    .1, .1, .1, .1,  # a group without a signal
+    0, .3, .9, .3,
+])
+LENGTH = f64([
+    3, 1, 4, 1,
+    5, 9, 2, 6,
+    5, 3, 5, 8,
+])
 
 @pytest.mark.parametrize("kind", ADVANTAGES)
 def test_advantages_by_loops(kind):
     out = []
     for start in (0, 4, 8):
-        group, lengths = REWARD[start:start + 4].tolist(), LENGTH[start:start + 4].tolist()
+        group = REWARD[start:start + 4].tolist()
+        lengths = LENGTH[start:start + 4].tolist()
         mean = sum(group) / 4
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
+        by_length = sum(n * r for n, r in zip(lengths, group)) / sum(lengths)
         for i, r in enumerate(group):
             others = group[:i] + group[i + 1:]
-            opo = sum(n * r2 for n, r2 in zip(lengths, group)) / sum(lengths)
-            out.append({"grpo": (r - mean) / (std + 1e-6), "mean": r - mean, "reward": r,
-                        "opo": r - opo, "passk": r - max(others) if r > max(others) else 0,
-                        "batch": (r - mean) / (REWARD.std().item() + 1e-6),
-                        "rloo": r - sum(others) / 3, "maxrl": (r - mean) / (mean + 1e-6),
-                        "gpg": (r - mean) * 3 / 2, "signed": 2 * r - 1,  # 2 groups of 3 have signal
-                        "reinforce_pp": r - mean}[kind])
+            by_kind = {
+                "grpo": (r - mean) / (std + 1e-6),
+                "mean": r - mean,
+                "reward": r,
+                "opo": r - by_length,
+                "passk": max(r - max(others), 0),
+                "batch": (r - mean) / (REWARD.std().item() + 1e-6),
+                "rloo": r - sum(others) / 3,
+                "maxrl": (r - mean) / (mean + 1e-6),
+                "gpg": (r - mean) * 3 / 2,  # 2 groups of 3 have a signal
+                "signed": 2 * r - 1,
+                "reinforce_pp": r - mean,
+            }
+            out.append(by_kind[kind])
     if kind == "reinforce_pp":  # each response as often as it has tokens
         tokens = np.repeat(out, LENGTH.int().tolist())
-        out = (np.array(out) - tokens.mean()) / math.sqrt(tokens.var(ddof=1) + 1e-8)
+        std = math.sqrt(tokens.var(ddof=1) + 1e-8)
+        out = (np.array(out) - tokens.mean()) / std
     if kind not in ("reward", "signed"):
         out[4:8] = [0] * 4
-    np.testing.assert_allclose(advantages(REWARD, 4, kind, LENGTH).numpy(), out, atol=1e-12)
+    ours = advantages(REWARD, 4, kind, LENGTH)
+    np.testing.assert_allclose(ours.numpy(), out, atol=1e-12)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [k for k in ADVANTAGES if k not in ("reward", "signed")])
@@ -786,7 +999,9 @@ def test_a_group_without_spread_has_exactly_no_advantage(kind, dtype):
     for value in (.1, .7, 1 / 3, 1.0, 0.0):
         reward = torch.tensor([value] * 8 + [1.0] + [0.0] * 7, dtype=dtype)
         A = advantages(reward, 8, kind, torch.arange(16) % 5 + 1)
-        assert not A[:8].any() and A[8:].any() and A.isfinite().all() and A.dtype == dtype
+        assert not A[:8].any()
+        assert A[8:].any()
+        assert A.isfinite().all() and A.dtype == dtype
         assert not advantages(reward[:3], 1, kind, torch.ones(3)).any()  # groups of one
         assert not advantages(reward[:8], 8, kind, torch.ones(8)).any()  # nothing but such groups
 
@@ -796,9 +1011,11 @@ def test_aggregations_by_loops_and_by_counts_from_outside(agg):
         batch = random_batch(seed)
         t = table_view(batch)
         share = share_in_mean(agg, t.mask, t.A, 4, batch["max_len"])
-        equal(run("gpg", batch, agg=agg)[0], f64((share * -t.A * t.logp).sum()))
+        expected = (share * -t.A * t.logp).sum()
+        equal(run("gpg", batch, agg=agg)[0], f64(expected))
     counts = dict(tokens=10, sequences=10, winning_groups=10)
-    half = run("gpg", batch, agg=agg, totals={key: 20 for key in counts})[0]
+    twice = dict(tokens=20, sequences=20, winning_groups=20)
+    half = run("gpg", batch, agg=agg, totals=twice)[0]
     equal(run("gpg", batch, agg=agg, totals=counts)[0], 2 * half)
     del batch["max_len"], batch["group_size"]  # then T and B: here 8 for 11, and 12 for 4
     longer = {NORM: 11 / 8, "winning-groups": 11 / 8 * 4 / 12}.get(agg, 1)
@@ -809,47 +1026,64 @@ def test_metrics_by_loops(name):
     batch = random_batch(5)
     m = run(name, batch)[2]
     t = table_view(batch)
-    ratio, A, peak = (x[t.mask > 0] for x in (t.ratio, t.A, t.p >= batch["sum_p2"].numpy()))
-    expected = {"ratio_mean": ratio.mean(), "ratio_std": ratio.std(),
-                "ratio_sq": ((ratio - 1) ** 2).mean(),
-                "approx_kl": (ratio - 1 - np.log(ratio)).mean(),
-                "pos_peak": ((A >= 0) & peak).mean(), "pos_valley": ((A >= 0) & ~peak).mean(),
-                "neg_peak": ((A < 0) & peak).mean(), "neg_valley": ((A < 0) & ~peak).mean()}
+    inside = t.mask > 0
+    ratio, loser = t.ratio[inside], t.A[inside] < 0
+    peak = (t.p >= batch["sum_p2"].numpy())[inside]
+    expected = {
+        "ratio_mean": ratio.mean(),
+        "ratio_std": ratio.std(),
+        "ratio_sq": ((ratio - 1) ** 2).mean(),
+        "approx_kl": (ratio - 1 - np.log(ratio)).mean(),
+        "pos_peak": (~loser & peak).mean(),
+        "pos_valley": (~loser & ~peak).mean(),
+        "neg_peak": (loser & peak).mean(),
+        "neg_valley": (loser & ~peak).mean(),
+    }
     for key, value in expected.items():
         equal(m[key], f64(value))
     assert 0 <= m["clip_low"] <= 1 and 0 <= m["clip_high"] <= 1
 
 def test_clip_fractions_count_only_the_side_that_ppo_stops():
     """Four tokens below the band, three above, one inside."""
-    old = f64([[-2.0] * 8])
-    logp = old + f64([[.5, .6, .7, .79, 1.3, 1.5, 2.5, 1.0]]).log()
-    mask = torch.ones(1, 8)
-    for A, low, high in ((1.0, 0, 3), (-1.0, 4, 0), (0.0, 0, 0)):
+    ratio = f64([[.5, .6, .7, .79, 1.3, 1.5, 2.5, 1.0]])
+    old_logp = torch.full_like(ratio, -2.0)
+    logp, mask = old_logp + ratio.log(), torch.ones(1, 8)
+
+    def stopped(name, A, **arguments):
+        """How many of the eight tokens, below the band and above it."""
+        _, metrics = policy_loss(name, logp, old_logp, f64([A]), mask, **arguments)
+        return metrics["clip_low"] * 8, metrics["clip_high"] * 8
+
+    for A, below, above in [(1.0, 0, 3), (-1.0, 4, 0), (0.0, 0, 0)]:
         for name in ("grpo", "gppo", "dgpo", "aspo", "cispo_masked"):
             band = dict(eps=.2) if name == "aspo" else dict(eps_low=.2, eps_high=.2)
-            _, m = policy_loss(name, logp, old, f64([A]), mask, **band)
-            assert (m["clip_low"] * 8, m["clip_high"] * 8) == (low, high), name
-        _, m = policy_loss("ipo", logp, old, f64([A]), mask, eps=.03)  # six p move more
-        assert (m["clip_low"] * 8, m["clip_high"] * 8) == (6 * (A < 0), 6 * (A > 0))
-    _, m = policy_loss("grpo", logp, old, f64([-1]), mask, dual_clip=2)
-    assert m["clip_low"] * 8 == 5  # the dual clip stops one more
-    _, m = policy_loss("entropy_top", logp, old, f64([-1]), mask, entropy=f64([range(8)]), ratio=.8)
-    assert m["clip_low"] * 8 == 2  # of all tokens: else micro-batches could not merge it
+            assert stopped(name, A, **band) == (below, above), name
+    for A, below, above in [(1.0, 0, 6), (-1.0, 6, 0), (0.0, 0, 0)]:
+        assert stopped("ipo", A, eps=.03) == (below, above)  # of six tokens p moves more than .03
+    below, _ = stopped("grpo", -1, dual_clip=2)
+    assert below == 5  # the dual clip stops one more
+    below, _ = stopped("entropy_top", -1, entropy=f64([range(8)]), ratio=.8)
+    assert below == 2  # of all tokens: else micro-batches could not merge it
 
 def test_a_peak_is_p_of_at_least_sum_p2_and_a_zero_advantage_is_no_loser():
-    logp = f64([[-1.0]])
-    _, m = policy_loss("grpo", logp, logp, f64([0]), f64([[1]]), sum_p2=logp.exp())
+    logp, mask = f64([[-1.0]]), f64([[1]])
+    _, m = policy_loss("grpo", logp, logp, f64([0]), mask, sum_p2=logp.exp())
     assert m["pos_peak"] == 1
 
 # ---- 7. The interface ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, change, words", [
-    ("dpao", {}, "dapo"), ("dapo", dict(eps_hihg=.3), "eps_high"),
-    ("gpg", dict(eps=1), "there are none"), ("ar_lopti", dict(part="hihg"), "high"),
+    ("dpao", {}, "dapo"),
+    ("dapo", dict(eps_hihg=.3), "eps_high"),
+    ("gpg", dict(eps=1), "there are none"),
+    ("ar_lopti", dict(part="hihg"), "high"),
     ("grpo", dict(agg="tokenmean"), "token-mean"),
-    ("entropy_top", dict(entropy=None), "entropy="), ("etr", dict(pass_rate=None), "pass_rate="),
-    ("grpo", dict(dual_clip=0), "dual_clip 0"), ("acpo", dict(dual_clip=-1), "dual_clip -1"),
-    ("grpo", dict(logp=torch.zeros(12)), "logp"), ("grpo", dict(adv=torch.zeros(11)), "adv"),
+    ("entropy_top", dict(entropy=None), "entropy="),
+    ("etr", dict(pass_rate=None), "pass_rate="),
+    ("grpo", dict(dual_clip=0), "dual_clip 0"),
+    ("acpo", dict(dual_clip=-1), "dual_clip -1"),
+    ("grpo", dict(logp=torch.zeros(12)), "logp"),
+    ("grpo", dict(adv=torch.zeros(11)), "adv"),
     ("grpo", dict(old_logp=torch.zeros(12, 7)), "old_logp"),
     ("grpo", dict(ref_logp=torch.zeros(12, 9)), "ref_logp"),
     ("etr", dict(pass_rate=torch.zeros(3)), "pass_rate"),
@@ -873,8 +1107,9 @@ def test_a_misspelt_advantage_is_answered_with_the_nearest():
 def test_advantage_of_any_shape_is_the_same():
     batch = random_batch(3)
     column = batch["adv"][:, None]
-    for adv in (column, column.expand(-1, 8), column.expand(-1, 8).contiguous()):
-        equal(run("grpo", batch | dict(adv=adv))[1], run("grpo", batch)[1])
+    wide = column.expand(-1, 8)
+    for adv in (column, wide, wide.contiguous()):
+        equal(gradient("grpo", batch | dict(adv=adv)), gradient("grpo", batch))
 
 ALONE = """
 import losses, torch
