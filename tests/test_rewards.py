@@ -16,7 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 import rewards  # noqa: E402
 from rewards import Scorer, check_gold, grade, reduce_gold, score  # noqa: E402
 
@@ -157,7 +159,8 @@ MATH = [
     # letters and words: letters keep their case, products commute but words and triangles do not
     # structure: a set is no tuple, an interval no list, a time no ratio
     # algebra: DAPO takes what follows the last =; oat strips `a` as a unit
-    # words behind a number: only known units are units: thirds, million and squared make it another answer
+    # words behind a number: only known units are units; thirds, million and squared make it
+    # another answer
     ("5",
      [r"5 \text{ apples}", r"5 \text{ students}", r"5\text{ ways}", "5 units", r"5\ \text{cm}",
       r"5 \mathrm{~cm}"],
@@ -182,10 +185,12 @@ MATH = [
     (r"25^\circ \text{C}",
      ["25", r"25^\circ C", r"25 \text{ degrees Celsius}", "25℃", r"25\,^\circ\mathrm{C}"],
      [r"25^\circ \text{F}", "25℉", r"25 \text{ K}", r"25 \text{ degrees Fahrenheit}"]),
-    ("12", ["12个", "12元", "12人", r"12\text{米}", r"12 \text{ 厘米}", "12 cm", "12本"], ["12万", "12百"]),
+    ("12",
+     ["12个", "12元", "12人", r"12\text{米}", r"12 \text{ 厘米}", "12 cm", "12本"],
+     ["12万", "12百"]),
     (r"16 \text{ cm}^2",
-     [r"16 \text{ square centimeters}", r"16 \text{ sq cm}", "16 cm^2", "16", r"16\text{平方厘米}",
-      r"16\text{ cm squared}"],
+     [r"16 \text{ square centimeters}", r"16 \text{ sq cm}", "16 cm^2", "16",
+      r"16\text{平方厘米}", r"16\text{ cm squared}"],
      [r"16\text{ cm}", r"16 \text{ cm}^3", r"16 \text{ m}^2"]),
     (r"2\sqrt{3} \text{ cm}", [r"2\sqrt3", r"2\sqrt{3}\ cm"], ["2", r"2\sqrt3 \text{ m}"]),
     ("3x", ["3x"], ["3", r"3 \text{ m}"]),
@@ -437,8 +442,8 @@ MATH = [
       r"4\text{ cubic meters}", r"4 \text{ inches}", "4 in", r"4\ \mathrm{hrs}",
       r"4 \text{ minutes}", "4 days", r"4 \text{ points}", r"4\text{ dollars}", r"\$4", "4 USD",
       r"4 \text{ integers}", r"4 \text{ solutions}", r"4 \text{ people}", r"4\text{ years old}",
-      "4 cm", r"\text{4 cm}", "4元", r"4\text{小时}", "4 岁", "4件", "4分钟", r"4\text{厘米}", r"4\text{千克}",
-      "4吨", "4千米", "4个"],
+      "4 cm", r"\text{4 cm}", "4元", r"4\text{小时}", "4 岁", "4件", "4分钟", r"4\text{厘米}",
+      r"4\text{千克}", "4吨", "4千米", "4个"],
      ["4 score", "4 dozen", r"4\text{ thousand}", "4 squared", "4万", "4亿", "5",
       r"4 \text{ quarters of } 2"]),
     (r"x=\frac{\pi}{6}+2k\pi",
@@ -722,7 +727,7 @@ def test_math(scorer, gold, right, wrong):
 
 
 def graded(task, text, **problem):
-    """Score of an <answer>, in which a wrong answer follows nothing and a right one an earlier try."""
+    """Score of an <answer> that follows another try: the last one counts."""
     return score(task, f"<answer>0</answer> no, <answer>{text}</answer>", **problem)
 
 
@@ -769,7 +774,7 @@ def test_qa(text, answer, metric, expected):
     assert graded("qa", text, answer=answer, metric=metric) == pytest.approx(expected)
 
 
-# ---- Questions that take a search tool: what the policy wrote, turn by turn ------------------------
+# ---- Questions that take a search tool: what the policy wrote, turn by turn ----------------------
 
 ASK = "<think>who?</think> <search>Ada</search>"
 SAY = "\n<think>so</think>\n<answer>Ada Lovelace</answer>"
@@ -785,8 +790,12 @@ SAY = "\n<think>so</think>\n<answer>Ada Lovelace</answer>"
     (ASK + SAY.replace("<think>so</think>", ""), (1 + 0.15) / 1.3),
     (ASK + ASK, 0.3 / 1.3),  # the turns are over
     (SAY, 1 / 1.3),  # never searched
-    (ASK.replace("think", "thnk"), "no_answer"), (ASK, "no_answer"), ("", "no_answer"), ("<answer></answer>", "no_answer"),
-    (SAY + ASK + ASK, (1 + 0.15) / 1.3)])  # an answer before the last turn is out of order
+    (SAY + ASK + ASK, (1 + 0.15) / 1.3),  # an answer before the last turn is out of order
+    (ASK.replace("think", "thnk"), "no_answer"),
+    (ASK, "no_answer"),
+    ("", "no_answer"),
+    ("<answer></answer>", "no_answer"),
+])
 def test_search(text, expected):
     value, status = rewards.grade("search", text, answer=["Ada Lovelace"])
     if expected == "no_answer":
@@ -801,14 +810,23 @@ FORM = re.compile(r"^\s*<think>(.+?)</think>\s*Answer:\s*(.+?)\s*$", re.DOTALL) 
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("<think>1+1</think> Answer: 2", 1), ("\n<think>a\nb</think>\n\nAnswer:2\n", 1),
-    ("<think>a</think> Answer: 2 ", 1), ("<think>a</think> so </think>Answer: 2", 1),
-    ("<think>a</think> Answer: 2.", 0), ("<think>a</think> Answer: 2.0", 0),
-    ("<think>a</think> Answer: 3\nAnswer: 2", 0), ("<think>a</think> Answer: \\boxed{2}", 0),
-    ("<think>a</think> Answer: ", 0), ("<think>a</think> answer: 2", "no_answer"),
-    ("<think>a</think> The end. Answer: 2", "no_answer"), ("Answer: 2", "no_answer"),
-    ("Well. <think>a</think> Answer: 2", "no_answer"), ("<think></think> Answer: 2", "no_answer"),
-    ("<think>a Answer: 2", "no_answer"), ("", "no_answer")])
+    ("<think>1+1</think> Answer: 2", 1),
+    ("\n<think>a\nb</think>\n\nAnswer:2\n", 1),
+    ("<think>a</think> Answer: 2 ", 1),
+    ("<think>a</think> so </think>Answer: 2", 1),
+    ("<think>a</think> Answer: 2.", 0),
+    ("<think>a</think> Answer: 2.0", 0),
+    ("<think>a</think> Answer: 3\nAnswer: 2", 0),
+    ("<think>a</think> Answer: \\boxed{2}", 0),
+    ("<think>a</think> Answer: ", 0),
+    ("<think>a</think> answer: 2", "no_answer"),
+    ("<think>a</think> The end. Answer: 2", "no_answer"),
+    ("Answer: 2", "no_answer"),
+    ("Well. <think>a</think> Answer: 2", "no_answer"),
+    ("<think></think> Answer: 2", "no_answer"),
+    ("<think>a Answer: 2", "no_answer"),
+    ("", "no_answer"),
+])
 def test_exact_line(text, expected):
     score, status = grade("exact_line", text, answer="2")
     assert (score if status == "ok" else status) == expected
@@ -817,17 +835,25 @@ def test_exact_line(text, expected):
 
 
 @pytest.mark.parametrize("text, expected", [
-    (r"so \boxed{\frac12}", 1), (r"\boxed{1} or \boxed{ \frac12 }.", 1), (r"\boxed{0.5}", 0),
-    (r"\boxed{\frac{1}{2}}", 0), (r"\boxed{\frac12", "no_answer"), (r"\frac12", "no_answer"),
-    (r"\boxed{\frac12} \boxed{}", "no_answer")])
+    (r"so \boxed{\frac12}", 1),
+    (r"\boxed{1} or \boxed{ \frac12 }.", 1),
+    (r"\boxed{0.5}", 0),
+    (r"\boxed{\frac{1}{2}}", 0),
+    (r"\boxed{\frac12", "no_answer"),
+    (r"\frac12", "no_answer"),
+    (r"\boxed{\frac12} \boxed{}", "no_answer"),
+])
 def test_exact_box(text, expected):
     score, status = grade("exact_box", text, answer=r"\frac12")
     assert (score if status == "ok" else status) == expected
 
 
 @pytest.mark.parametrize("task, problem", [
-    ("tableqa", {"answer": [13.3]}), ("kk", {"answer": PAIR}), ("qa", {"answer": ["13.3"]}),
-    ("countdown", {"numbers": [1, 2], "target": 3})])
+    ("tableqa", {"answer": [13.3]}),
+    ("kk", {"answer": PAIR}),
+    ("qa", {"answer": ["13.3"]}),
+    ("countdown", {"numbers": [1, 2], "target": 3}),
+])
 def test_without_the_tag_there_is_no_answer(task, problem):
     for response in ("13.3", "1+2", "Ann is a knight, Bob is a knave"):
         assert grade(task, response, **problem) == (0, "no_answer")
@@ -837,14 +863,21 @@ FIELDS = {"answer", "numbers", "target", "format", "metric"}
 LINES = Path(__file__).with_name("grader_cases.jsonl").read_text(encoding="utf-8").splitlines()
 
 def test_cases_of_public_graders():
-    """Cases from the issues and test suites of fourteen public graders: at most 3 % missed, and never
-    a wrong answer paid for (math-verify alone is right in 77 %)."""
+    """Cases from the issues and test suites of fourteen public graders: at most 3 % missed, and
+    never a wrong answer paid for (math-verify alone is right in 77 %)."""
     cases = [json.loads(line) for line in LINES]
-    items = [(c["task"], c["response"], {k: c[k] for k in FIELDS & c.keys()}) for c in cases]
+    items = []
+    for case in cases:
+        problem = {key: case[key] for key in FIELDS & case.keys()}
+        items.append((case["task"], case["response"], problem))
     with Scorer(workers=2) as s:
         scores = [value for value, _ in s(items)]
-    paid = [c["id"] for c, value in zip(cases, scores) if value > c["expected"] + 1e-6]
-    missed = [c["id"] for c, value in zip(cases, scores) if value < c["expected"] - 1e-6]
+    paid, missed = [], []
+    for case, value in zip(cases, scores):
+        if value > case["expected"] + 1e-6:
+            paid.append(case["id"])
+        if value < case["expected"] - 1e-6:
+            missed.append(case["id"])
     assert paid == []
     assert len(missed) <= 0.03 * len(cases), missed
 
@@ -872,7 +905,11 @@ def test_status_tells_why(task, response, problem, status):
 
 
 @pytest.mark.parametrize("said, expected", [
-    (0.25, (0.25, "ok")), (1.5, (1.0, "ok")), (-1, (0.0, "ok")), (KeyError("x"), (0.0, "unparsable"))])
+    (0.25, (0.25, "ok")),
+    (1.5, (1.0, "ok")),
+    (-1, (0.0, "ok")),
+    (KeyError("x"), (0.0, "unparsable")),
+])
 def test_scores_of_reasoning_gym_stay_within_0_and_1(said, expected, monkeypatch):
     class Dataset:
         def score_answer(self, answer, entry):
@@ -897,28 +934,46 @@ def test_unknown_names_raise():
 # ---- References ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, reduced", [
-    ("He has 3*4=<<3*4=12>>12 pens.\n#### 12", "12"), ("#### 1,234", "1,234"),  # GSM8K
-    ("The answer is 42.", "42."), ("**Answer:** 42", "42"), ("[1, 2]", "[1, 2]"),
-    ("['3', '4']", ["3", "4"]), (r'["\\frac{1}{2}", "0.5"]', [r"\frac{1}{2}", "0.5"]),
-    (r"so we get $\boxed{\frac12}$.", r"\frac12"), (r"$\boxed{1}$ or $\boxed{2}$", "1,2"), ({"value": 3}, "3"), (7, "7")])
+    ("He has 3*4=<<3*4=12>>12 pens.\n#### 12", "12"),  # GSM8K
+    ("#### 1,234", "1,234"),
+    ("The answer is 42.", "42."),
+    ("**Answer:** 42", "42"),
+    ("[1, 2]", "[1, 2]"),
+    ("['3', '4']", ["3", "4"]),
+    (r'["\\frac{1}{2}", "0.5"]', [r"\frac{1}{2}", "0.5"]),
+    (r"so we get $\boxed{\frac12}$.", r"\frac12"),
+    (r"$\boxed{1}$ or $\boxed{2}$", "1,2"),
+    ({"value": 3}, "3"),
+    (7, "7"),
+])
 def test_references_are_reduced(text, reduced):
     assert reduce_gold(text) == reduced
 
 
 @pytest.mark.parametrize("task, problem", [
-    ("math", {"answer": "12"}), ("math", {"answer": r"\frac{x}{2}"}), ("math", {"answer": ["1", "2"]}),
-    ("math", {"answer": "many words.\n#### 12"}), ("chainsum", {"answer": "7"}),
-    ("tableqa", {"answer": [1234, "men, and women"]}), ("kk", {"answer": PAIR}),
-    ("qa", {"answer": ["Paris", "paris"]}), ("countdown", {"numbers": [1, 2], "target": 3})])
+    ("math", {"answer": "12"}),
+    ("math", {"answer": r"\frac{x}{2}"}),
+    ("math", {"answer": ["1", "2"]}),
+    ("math", {"answer": "many words.\n#### 12"}),
+    ("chainsum", {"answer": "7"}),
+    ("tableqa", {"answer": [1234, "men, and women"]}),
+    ("kk", {"answer": PAIR}),
+    ("qa", {"answer": ["Paris", "paris"]}),
+    ("countdown", {"numbers": [1, 2], "target": 3}),
+])
 def test_good_references_pass(task, problem):
     assert check_gold(task, problem) is None
 
 
 @pytest.mark.parametrize("task, problem, reason", [
-    ("math", {"answer": "1" * 1001}, "equal"), ("math", {"answer": r"\frac{1}{0}"}, "1}{0"),
-    ("math", {"answer": "{1"}, "equal"), ("math", {"answer": ""}, "equal"),
-    ("qa", {"answer": [""]}, "equal"), ("chainsum", {"answer": "$"}, "equal"),
-    ("kk", {"answer": {}}, "equal")])
+    ("math", {"answer": "1" * 1001}, "equal"),
+    ("math", {"answer": r"\frac{1}{0}"}, "1}{0"),
+    ("math", {"answer": "{1"}, "equal"),
+    ("math", {"answer": ""}, "equal"),
+    ("qa", {"answer": [""]}, "equal"),
+    ("chainsum", {"answer": "$"}, "equal"),
+    ("kk", {"answer": {}}, "equal"),
+])
 def test_references_that_no_response_equals_are_named(task, problem, reason):
     assert reason in check_gold(task, problem)
 
@@ -936,31 +991,65 @@ def test_plain_references_need_no_process(monkeypatch):
 
 # ---- Attacks -------------------------------------------------------------------------------------
 
-INJECTIONS = ["__import__('os').system('touch {f}')", "exec(\"open('{f}','w')\")", "open('{f}','w')",
-              r"\text{{exec(open('{f}','w'))}}", "eval(compile(\"open('{f}','w')\",'','exec'))",
-              "[c for c in ().__class__.__base__.__subclasses__()] or open('{f}','w')"]
-SMALL = [("math", {"answer": "x"}), ("countdown", {"numbers": [7], "target": 7}),
-         ("countdown", {"numbers": [7], "target": 7, "format": "boxed"}), ("tableqa", {"answer": [7]}),
-         ("kk", {"answer": {"A": "knight"}}), ("qa", {"answer": "y", "metric": "f1"}),
-         ("chainsum", {"answer": "x"}), ("exact_box", {"answer": "x"}), ("exact_line", {"answer": "x"})]
+INJECTIONS = [
+    "__import__('os').system('touch {f}')",
+    "exec(\"open('{f}','w')\")",
+    "open('{f}','w')",
+    r"\text{{exec(open('{f}','w'))}}",
+    "eval(compile(\"open('{f}','w')\",'','exec'))",
+    "[c for c in ().__class__.__base__.__subclasses__()] or open('{f}','w')",
+]
+SMALL = [
+    ("math", {"answer": "x"}),
+    ("countdown", {"numbers": [7], "target": 7}),
+    ("countdown", {"numbers": [7], "target": 7, "format": "boxed"}),
+    ("tableqa", {"answer": [7]}),
+    ("kk", {"answer": {"A": "knight"}}),
+    ("qa", {"answer": "y", "metric": "f1"}),
+    ("chainsum", {"answer": "x"}),
+    ("exact_box", {"answer": "x"}),
+    ("exact_line", {"answer": "x"}),
+]
 
 def test_no_code_runs(tmp_path):
     """PRIME and reasoning-gym hand model text to sympy.parse_expr, which is eval."""
     f = tmp_path / "owned"
-    for attack in (a.format(f=f) for a in INJECTIONS):
+    for injection in INJECTIONS:
+        attack = injection.format(f=f)
         for task, problem in SMALL:
             assert score(task, rf"<answer>{attack}</answer> \boxed{{{attack}}}", **problem) == 0
     assert not f.exists()
 
 
 # Refused before the parser, each by another rule
-REFUSED = ["9^{9^{9^{9}}}", "2^{2^{50}}", "(10^8)!", "((9!)!)!", "99999!", r"\binom{10^9}{10^8}",
-           r"\prod_{i=1}^{10^9} i", r"\sum_{k=1}^{100000} k^2", r"3^{10^{15}} \mod 7", "|" * 40 + "x",
-           "e^{e^{e^{e^{e}}}}", "x_{x_{x_{x_{x}}}}", "(9999!)^{999}", "(" * 20 + "1" + ")" * 20,
-           r"\left(5^{\left(5^{\left(5^5\right)}\right)}\right)", r"\log_2" * 9 + "x", "1/0", "1" * 1001 + "x"]
+REFUSED = [
+    "9^{9^{9^{9}}}",
+    "2^{2^{50}}",
+    "(10^8)!",
+    "((9!)!)!",
+    "99999!",
+    r"\binom{10^9}{10^8}",
+    r"\prod_{i=1}^{10^9} i",
+    r"\sum_{k=1}^{100000} k^2",
+    r"3^{10^{15}} \mod 7",
+    "|" * 40 + "x",
+    "e^{e^{e^{e^{e}}}}",
+    "x_{x_{x_{x_{x}}}}",
+    "(9999!)^{999}",
+    "(" * 20 + "1" + ")" * 20,
+    r"\left(5^{\left(5^{\left(5^5\right)}\right)}\right)",
+    r"\log_2" * 9 + "x",
+    "1/0",
+    "1" * 1001 + "x",
+]
 # Not refused: computer algebra does not come back from these
-BOMBS = [r"\sum_{i=1}^{9999} \sin i", r"\int \frac{\sin(x^2)}{\ln x+e^x} dx",
-         r"\int_0^1 x^{x} e^{x^2} dx", r"\sum_{i=1}^{999}\sum_{j=1}^{999} \frac{1}{i+j^2}"]
+BOMBS = [
+    r"\sum_{i=1}^{9999} \sin i",
+    r"\int \frac{\sin(x^2)}{\ln x+e^x} dx",
+    r"\int_0^1 x^{x} e^{x^2} dx",
+    r"\sum_{i=1}^{999}\sum_{j=1}^{999} \frac{1}{i+j^2}",
+]
+SLOW = [pytest.param(text, marks=pytest.mark.slow) for text in BOMBS[1:]]
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_towers_never_reach_the_parser(text, monkeypatch):
@@ -969,21 +1058,32 @@ def test_towers_never_reach_the_parser(text, monkeypatch):
 
 
 @pytest.mark.parametrize("gold, same", [
-    ("e^{x^2}", "e^{xx}"), ("2^{2^5}+1", "2^{32}+1"), ("(2n)!", "(n+n)!"), (r"\frac{10!}{5!5!}", "252"),
-    ("|x|+|y|", "|y|+|x|"), ("x_{n_k}+1", "1+x_{n_k}"), ("1e400", "1e400"), (r"\log_2 \log_2 16", "2")])
+    ("e^{x^2}", "e^{xx}"),
+    ("2^{2^5}+1", "2^{32}+1"),
+    ("(2n)!", "(n+n)!"),
+    (r"\frac{10!}{5!5!}", "252"),
+    ("|x|+|y|", "|y|+|x|"),
+    ("x_{n_k}+1", "1+x_{n_k}"),
+    ("1e400", "1e400"),
+    (r"\log_2 \log_2 16", "2"),
+])
 def test_what_only_looks_like_a_bomb_is_graded(scorer, gold, same):
     assert scorer([("math", rf"\boxed{{{same}}}", {"answer": gold})]) == [(1, "ok")]
 
 
-@pytest.mark.parametrize("text", [BOMBS[0], *(pytest.param(b, marks=pytest.mark.slow) for b in BOMBS[1:])])
+@pytest.mark.parametrize("text", [BOMBS[0], *SLOW])
 def test_bombs_time_out(text):
     assert graded_in_time("math", rf"\boxed{{{text}}}", answer="x+1") == 0
     assert score("math", r"\boxed{1+x}", answer="x+1") == 1
 
 
 def test_tags_without_end_are_graded_in_time():
-    for response in ("<think>" * 50_000, "<think>" + "</think> " * 50_000,
-                     "<think>a</think>" + " " * 100_000 + "Answer" + " " * 100_000):
+    blank = " " * 100_000
+    for response in (
+        "<think>" * 50_000,
+        "<think>" + "</think> " * 50_000,
+        "<think>a</think>" + blank + "Answer" + blank,
+    ):
         assert graded_in_time("exact_line", response, answer="2") == 0
 
 
@@ -995,9 +1095,28 @@ def graded_in_time(task, response, **problem):
     return value
 
 
-CHEAP = ["9" * 100_000, "{" * 100_000, r"\boxed{" * 14_000, r"\frac{1}{" * 38 + "1" + "}" * 38, "4\x002",
-         " " * 100_000 + "1", "1+" * 490 + "1", "\ud800", "\u202e42", "\u200b42", "٤٢", "４２", "1e9999999",
-         "$" * 900, "\\\\" * 400, "x=" * 300 + "1", "a," * 400, "1 " * 499, "{," * 400, "-" * 900]
+CHEAP = [
+    "9" * 100_000,
+    "{" * 100_000,
+    r"\boxed{" * 14_000,
+    r"\frac{1}{" * 38 + "1" + "}" * 38,
+    "4\x002",
+    " " * 100_000 + "1",
+    "1+" * 490 + "1",
+    "\ud800",
+    "\u202e42",
+    "\u200b42",
+    "٤٢",
+    "４２",
+    "1e9999999",
+    "$" * 900,
+    "\\\\" * 400,
+    "x=" * 300 + "1",
+    "a," * 400,
+    "1 " * 499,
+    "{," * 400,
+    "-" * 900,
+]
 
 @pytest.mark.parametrize("text", CHEAP, ids=range(len(CHEAP)))
 def test_long_or_odd_text_scores_0(text):
@@ -1006,15 +1125,26 @@ def test_long_or_odd_text_scores_0(text):
             assert graded_in_time(task, response, **problem) == 0
 
 
-EVERY = [*SMALL, ("math", {"answer": ["1,2", "(3,4)"]}), ("math", {"answer": "7", "acpo_compat": True}),
-         ("countdown", {"numbers": [1, 2], "target": 3}), ("qa", {"answer": ["a b"]}),
-         ("tableqa", {"answer": [1, "a"]})]
-TOKENS = (r"\frac { } \sqrt ^ _ 1 2 x + - ( ) , \{ \} \text \pi = < [ ] \cup ! % \circ \left & : and | \in "
-          r"\overline \pm \begin{cases} \end{cases} \pmod cm or 0. \ldots").split()
+EVERY = [
+    *SMALL,
+    ("math", {"answer": ["1,2", "(3,4)"]}),
+    ("math", {"answer": "7", "acpo_compat": True}),
+    ("countdown", {"numbers": [1, 2], "target": 3}),
+    ("qa", {"answer": ["a b"]}),
+    ("tableqa", {"answer": [1, "a"]}),
+]
+TOKENS = (r"\frac { } \sqrt ^ _ 1 2 x + - ( ) , \{ \} \text \pi = < [ ] \cup ! % \circ \left & : "
+          r"and | \in \overline \pm \begin{cases} \end{cases} \pmod cm or 0. \ldots").split()
 LATEX = st.lists(st.sampled_from(TOKENS), max_size=12).map(" ".join)
 UNICODE = st.text(st.characters(), max_size=60)  # includes lone surrogates
-FRAMES = ["{}", r"\boxed{{{}}}", "<answer>{}</answer>", r"<answer>\boxed{{{}}}</answer>",
-          "<think></think>{}</think> Answer: {}"]
+FRAMES = [
+    "{}",
+    r"\boxed{{{}}}",
+    "<answer>{}</answer>",
+    r"<answer>\boxed{{{}}}</answer>",
+    "<think></think>{}</think> Answer: {}",
+]
+NUMBERS = st.lists(st.integers(1, 99), min_size=2, max_size=4)
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(UNICODE, LATEX), st.sampled_from(EVERY), st.sampled_from(FRAMES))
@@ -1037,34 +1167,40 @@ def test_any_two_texts_can_be_compared(gold, pred):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(1, 99), min_size=2, max_size=4), st.randoms())
+@given(NUMBERS, st.randoms())
 def test_countdown_accepts_what_it_should(numbers, rng):
-    """Random expression trees, valued independently in integers, score 1; with a number changed, 0."""
+    """Random expression trees, valued independently in integers, score 1; with a number changed
+    they score 0."""
     text, value = str(numbers[0]), numbers[0]
     for n in numbers[1:]:
         op = rng.choice("+-*")
         text = f"({text} {op} {n})"
         value = {"+": value + n, "-": value - n, "*": value * n}[op]
     response = f"<answer>{text}</answer>"
+    changed = [*numbers[:-1], numbers[-1] + 1]
     assert score("countdown", response, numbers=numbers, target=value) == 1
     assert score("countdown", response, numbers=numbers, target=value + 1) == 0
-    assert score("countdown", response, numbers=[*numbers[:-1], numbers[-1] + 1], target=value) == 0
+    assert score("countdown", response, numbers=changed, target=value) == 0
 
 
 # ---- Threads and processes -----------------------------------------------------------------------
 
 def test_other_threads_grade_too():
     """math-verify's alarm raises outside the main thread; verl swallowed that, and all scored 0."""
-    got = {}
+    wrong = {i: [(j >> i) % 2 for j in range(16)] for i in range(4)}  # each thread has its pattern
+    got = {i: [] for i in range(4)}
+
     def run(i):
-        got[i] = [grade("math", rf"\boxed{{{i}+x}}", answer=f"x+{i + (j >> i) % 2}") for j in range(16)]
+        for change in wrong[i]:
+            got[i].append(grade("math", rf"\boxed{{{i}+x}}", answer=f"x+{i + change}"))
+
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    # and nobody got another's
-    assert got == {i: [(float((j >> i) % 2 == 0), "ok") for j in range(16)] for i in range(4)}
+    for i in range(4):  # and nobody got another's
+        assert got[i] == [(1.0 - change, "ok") for change in wrong[i]]
 
 
 def test_callers_alarm_survives():
@@ -1081,8 +1217,9 @@ def test_callers_alarm_survives():
 
 
 BATCH = [("math", rf"\boxed{{x+{i % 7}}}", {"answer": f"{i % 5}+x"}) for i in range(40)]
+EXPECTED = [(float(i % 7 == i % 5), "ok") for i in range(40)]
 BATCH.append(("chainsum", "#7$", {"answer": "7"}))
-EXPECTED = [(float(i % 7 == i % 5), "ok") for i in range(40)] + [(1.0, "ok")]
+EXPECTED.append((1.0, "ok"))
 BOMB = [("math", r"\boxed{\sum_{i=1}^{9999} \sin i}", {"answer": "x"})]
 
 
@@ -1118,7 +1255,8 @@ def test_bomb_costs_its_time_and_not_its_worker():
     with Scorer(workers=1, timeout=1) as s:
         s(BATCH[:1])
         pid = s.workers[0].process.pid
-        assert s(BATCH[:3] + BOMB + BATCH[3:]) == EXPECTED[:3] + [(0.0, "timeout")] + EXPECTED[3:]
+        got = s(BATCH[:3] + BOMB + BATCH[3:])
+        assert got == EXPECTED[:3] + [(0.0, "timeout")] + EXPECTED[3:]
         assert s.workers[0].process.pid == pid  # a start takes seconds of its own
 
 
@@ -1137,14 +1275,20 @@ def test_a_batch_of_bombs_is_given_up(monkeypatch):
         assert asked == [2]  # the next batch starts with patience again
 
 
+GRADING_BOMBS = r"""
+import signal
+import rewards
+# a job in the background may have been started with SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
+s = rewards.Scorer(workers=1, timeout=2)
+s([('math', r'\boxed{x+1}', {'answer': '1+x'})])
+print('ready', flush=True)
+s([('math', r'\boxed{\sum_{i=1}^{9999} \sin i}', {'answer': 'x'})] * 500)
+"""
+
 def test_ctrl_c_is_heard_while_grading():
-    # a job in the background may have been started with SIGINT ignored
-    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            "import rewards; s = rewards.Scorer(workers=1, timeout=2); s([('math', r'\\boxed{x+1}', "
-            "{'answer': '1+x'})]); print('ready', flush=True); "
-            r"s([('math', r'\boxed{\sum_{i=1}^{9999} \sin i}', {'answer': 'x'})] * 500)")
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.PIPE, cwd=Path(rewards.__file__).parent)
+    child = subprocess.Popen([sys.executable, "-c", GRADING_BOMBS], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
@@ -1160,16 +1304,21 @@ def test_a_worker_without_reader_ends_in_silence():
     assert errors == "" and child.returncode == 0
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_workers_end_with_their_parent(busy):
+WITH_A_WORKER = r"""
+import rewards
+s = rewards.Scorer(workers=1, timeout=2)
+s([('math', r'\boxed{x+1}', {'answer': '1+x'})])
+print(s.workers[0].process.pid, flush=True)
+"""
+
+@pytest.mark.parametrize("then", [
+    "input()",
+    r"s([('math', r'\boxed{\sum_{i=1}^{9999} \sin i}', {'answer': 'x'})])",
+], ids=["idle", "busy"])
+def test_workers_end_with_their_parent(then):
     """A killed run must leave no graders behind, be they idle or inside a bomb."""
-    code = ("import rewards, threading; s = rewards.Scorer(workers=1, timeout=2); "
-            "s([('math', r'\\boxed{x+1}', {'answer': '1+x'})]); "
-            "print(s.workers[0].process.pid, flush=True); "
-            + (r"s([('math', r'\boxed{\sum_{i=1}^{9999} \sin i}', {'answer': 'x'})])" if busy
-               else "input()"))
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                              stdin=subprocess.PIPE, cwd=Path(rewards.__file__).parent)
+    parent = subprocess.Popen([sys.executable, "-c", WITH_A_WORKER + then], cwd=ROOT, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.communicate()
@@ -1205,8 +1354,7 @@ def test_worker_reports_that_it_cannot_start(monkeypatch):
 
 
 def test_rewards_imports_neither_torch_nor_sympy():
-    """The worker must start in a second, and the trainer not pay for SymPy unless it grades math."""
-    code = "import sys, rewards; print(sorted({'torch', 'sympy', 'math_verify'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], cwd=Path(rewards.__file__).parent,
-                         capture_output=True, text=True)
-    assert out.stdout.strip() == "[]"
+    """The worker must start in a second, and the trainer pays for SymPy only if it grades math."""
+    code = "import sys, rewards; print({'torch', 'sympy', 'math_verify'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "set()"
