@@ -73,7 +73,9 @@ def test_problem_i_is_a_function_of_its_number(name):
 
 
 @pytest.mark.parametrize("name, digest", [
-    ("chainsum", "41e9b87b2cb47077"), ("countdown", "b7d8b8b29c9e2d9d")])
+    ("chainsum", "41e9b87b2cb47077"),
+    ("countdown", "b7d8b8b29c9e2d9d"),
+])
 def test_the_tasks_never_change(name, digest):
     """Published numbers are about these very problems and demonstrations."""
     problems = data.load(name, "train", 300, 1) + data.load(name, "test", 300, 1)
@@ -94,7 +96,8 @@ def test_golds_are_right():
     for split in ("train", "test"):
         for p in data.load("chainsum", split, 300):
             assert re.fullmatch(r"\d{6}=", p.prompt)
-            assert p.answer == {"answer": str(sum(int(d) for d in p.prompt[:-1]) % 10)}
+            digits = [int(digit) for digit in p.prompt[:-1]]
+            assert p.answer == {"answer": str(sum(digits) % 10)}
     for p in data.load("countdown", "test", 100):
         numbers, target = p.answer["numbers"], p.answer["target"]
         assert target in reachable([Fraction(x) for x in numbers])
@@ -123,9 +126,13 @@ def test_questions_on_one_puzzle_share_a_group():
 def test_graders_accept_the_gold_and_demonstrations(name):
     """A task whose gold its grader refuses can never be learnt. Slips leave chainsum 0.6 of its
     worked demonstrations right, countdown 0.92; a guess is rarely right."""
-    few = {"chainsum": (0.5, 0.8), "hops": (0.7, 0.9), "countdown": (0.88, 0.96)}[name]
+    with_slips = {
+        "chainsum": (0.5, 0.8),
+        "hops": (0.7, 0.9),
+        "countdown": (0.88, 0.96),
+    }
     task = data.TASKS[name]
-    for phase, (low, high) in (("skill", few), ("habit", (0.02, 0.3))):
+    for phase, (low, high) in (("skill", with_slips[name]), ("habit", (0.02, 0.3))):
         rng = random.Random(phase)
         scores = []
         for _ in range(500):
@@ -302,10 +309,12 @@ def test_published_rows_are_read(row, prompt, answer):
     ({"prompt": "p", "answer": "[]", "task": "qa"}, ["no answer"]),
     ({"prompt": "p", "answer": "1+2", "task": "countdown"}, ["numbers", "target"]),
     ({"prompt": "p", "task": "countdown", "numbers": [1, True], "target": 3}, ["whole numbers"]),
-    ({"prompt": "p", "task": "countdown", "numbers": [1], "target": 1, "format": "x"}, ["boxed"]),
+    ({"prompt": "p", "task": "countdown", "numbers": [1], "target": 1, "format": "x"},
+     ["boxed"]),
     ({"prompt": "half \ud83d", "answer": "4"}, ["surrogates"]),
     ({"prompt": "x" * 50_000_000, "answer": "4"}, ["50,000,000 characters"]),
-    ("text", ["object"]), (5, ["object"]),
+    ("text", ["object"]),
+    (5, ["object"]),
 ])
 def test_rows_that_cannot_be_used_say_why(row, words):
     with pytest.raises(ValueError) as e:
@@ -319,17 +328,29 @@ def test_rows_of_the_other_graders():
     assert data.from_row(row, "").answer == puzzle
     tags = {"format": "answer"}
     assert data.from_row(row | tags, "").answer == puzzle | tags
-    for task, answer, read in [("qa", "007", "007"), ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
-                               ("qa", "[sic] so", "[sic] so"), ("qa", "{1, 2}", "{1, 2}"),
-                               ("tableqa", 5, 5), ("tableqa", [1, "x"], [1, "x"]),
-                               ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}), ("chainsum", 3, "3")]:
+    for task, answer, read in [
+        ("qa", "007", "007"),
+        ("qa", '["Ann", "Bo"]', ["Ann", "Bo"]),
+        ("qa", "[sic] so", "[sic] so"),
+        ("qa", "{1, 2}", "{1, 2}"),
+        ("tableqa", 5, 5),
+        ("tableqa", [1, "x"], [1, "x"]),
+        ("kk", "{'Ann': 'knave'}", {"Ann": "knave"}),
+        ("chainsum", 3, "3"),
+    ]:
         row = {"prompt": "p", "answer": answer, "task": task, "id": 0, "group": "g"}
         assert data.from_row(row, "x") == Problem("p", {"answer": read}, task, "0", "g")
 
 
 @pytest.mark.parametrize("answer, task", [
-    (" ", "math"), ([""], "math"), (" ", "qa"), (" ", "exact_box"), (" ", "tableqa"),
-    ({"Ann": "liar"}, "kk"), ({"Ann": True}, "kk")])
+    (" ", "math"),
+    ([""], "math"),
+    (" ", "qa"),
+    (" ", "exact_box"),
+    (" ", "tableqa"),
+    ({"Ann": "liar"}, "kk"),
+    ({"Ann": True}, "kk"),
+])
 def test_graders_refuse_what_no_response_can_say(answer, task):
     problem = data.from_row({"prompt": "p", "answer": answer, "task": task}, "id")
     with pytest.raises(ValueError, match="the first is id: no response can equal its reference"):
@@ -365,8 +386,13 @@ def test_every_kind_of_file(tmp_path):
     import pyarrow
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
-    for name, numbers in [("a.jsonl", "13"), ("b.json", "12"), ("c.json", "13"), ("d.csv", "23"),
-                          ("e.parquet", "12")]:
+    for name, numbers in [
+        ("a.jsonl", "13"),
+        ("b.json", "12"),
+        ("c.json", "13"),
+        ("d.csv", "23"),
+        ("e.parquet", "12"),
+    ]:
         found = data.load(str(tmp_path / name))
         assert [p.prompt for p in found] == ["1+1?", "half?"]
         assert [p.answer for p in found] == [{"answer": "2"}, {"answer": "0.5"}]
@@ -401,8 +427,13 @@ def test_file_errors_name_file_and_line(suffix, text, place, words, tmp_path):
 
 
 @pytest.mark.parametrize("suffix, text", [
-    (".jsonl", ""), (".jsonl", "\n \n"), (".json", ""), (".json", "[]"), (".csv", ""),
-    (".csv", "prompt,answer\n")])
+    (".jsonl", ""),
+    (".jsonl", "\n \n"),
+    (".json", ""),
+    (".json", "[]"),
+    (".csv", ""),
+    (".csv", "prompt,answer\n"),
+])
 def test_a_file_without_rows(suffix, text, tmp_path):
     path = tmp_path / f"mine{suffix}"
     path.write_text(text)
@@ -424,14 +455,22 @@ def test_files_that_are_no_text(tmp_path):
 # ---- Hub datasets, on rows in the real schema ----------------------------------------------------
 
 DAPO = ("Solve the following math problem step by step. The last line of your response should be "
-        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
-        "{}\n\nRemember to put your answer on its own line after \"Answer:\".")
-TABLE = {"title": "milk", "top_header_rows_num": 2, "texts": [
-    ["", "men", "", "women", ""], ["", "2004", "2015", "2004", "2015"],
-    ["milk", "13.3", "11", "1|2", "9"]],
-    "merged_regions": [{"first_row": 0, "last_row": 0, "first_column": 1, "last_column": 2},
-                       {"first_row": 0, "last_row": 0, "first_column": 3, "last_column": 4},
-                       {"first_row": 0, "last_row": 1, "first_column": 0, "last_column": 0}]}
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+        "\n\n{}\n\nRemember to put your answer on its own line after \"Answer:\".")
+TABLE = {
+    "title": "milk",
+    "top_header_rows_num": 2,
+    "texts": [
+        ["", "men", "", "women", ""],
+        ["", "2004", "2015", "2004", "2015"],
+        ["milk", "13.3", "11", "1|2", "9"],
+    ],
+    "merged_regions": [
+        {"first_row": 0, "last_row": 0, "first_column": 1, "last_column": 2},
+        {"first_row": 0, "last_row": 0, "first_column": 3, "last_column": 4},
+        {"first_row": 0, "last_row": 1, "first_column": 0, "last_column": 0},
+    ],
+}
 TABLE_TEXT = ("milk\n\n|  | men | men | women | women |\n|---|---|---|---|---|\n"
               "|  | 2004 | 2015 | 2004 | 2015 |\n| milk | 13.3 | 11 | 1/2 | 9 |\n\nhow much?")
 HITAB = {"table_id": "1000", "question": "how much?", "answer": "[13.3]",
@@ -514,14 +553,13 @@ def test_hub_rows_in_the_real_schema(name, split, hub):
 def test_numina_keeps_words_and_choices_whose_answer_is_a_plain_number(hub):
     """As WAPO's environment: neither proofs, nor letters, formulas or several values."""
     kinds = ["math-word-problem", "MCQ", "proof"]
-    answers = ["25", "-3", "+7", "0.5", "3/4", "1 000", "12,5", "A", r"\frac{1}{2}", "2, 3;", "x=1",
-               "unknown", "", None, "1/2/3", ".5", "5."]
+    plain = ["25", "-3", "+7", "0.5", "3/4", "1 000", "12,5"]
+    others = ["A", r"\frac{1}{2}", "2, 3;", "x=1", "unknown", "", None, "1/2/3", ".5", "5."]
     rows = [{"problem": f"{kind} {answer}", "question_type": kind, "answer": answer}
-            for kind in kinds for answer in answers]
+            for kind in kinds for answer in plain + others]
     rows.append({"problem": "", "question_type": "MCQ", "answer": "1"})
     hub("numina_lean_math", "train", rows, count=len(rows))
     kept = {p.prompt: p.answer["answer"] for p in data.load("numina_lean_math")}
-    plain = ["25", "-3", "+7", "0.5", "3/4", "1 000", "12,5"]
     assert kept == {f"{kind} {answer}": answer for kind in kinds[:2] for answer in plain}
 
 
@@ -529,7 +567,8 @@ def test_the_passages_of_hotpotqa_are_those_of_all_splits_each_once(hub):
     hub("hotpotqa", "train", [HOTPOT], count=1)
     hub("hotpotqa", "test", [HOTPOT], count=1)
     assert data.passages("hotpotqa") == ["A: One. Two.", "B: Three."]
-    assert [part for _, _, part, _ in hub.calls] == ["train", "validation"][-len(hub.calls):]
+    parts = [part for _, _, part, _ in hub.calls]
+    assert parts == ["train", "validation"][-len(parts):]
     with pytest.raises(ValueError, match="gsm8k has no passages .hotpotqa has.; give --search_url"):
         data.passages("gsm8k")
 
@@ -550,7 +589,8 @@ def test_hub_order_is_seeded_and_prefix_stable(hub):
     hub("aime25", "test", [{"problem": f"P{i}", "answer": str(i)} for i in range(30)])
     whole = data.load("aime25", "test", seed=1)
     assert data.load("aime25", "test", 7, seed=1) == whole[:7]
-    assert [p.id for p in data.load("aime25", "test", seed=2)] != [p.id for p in whole]
+    other = data.load("aime25", "test", seed=2)
+    assert [p.id for p in other] != [p.id for p in whole]
     assert all(p.prompt == "P" + p.id.split("-")[-1] for p in whole)  # the id is the hub's row
 
 
@@ -626,8 +666,11 @@ def test_reasoning_gym_scores_its_own_answers():
 
 
 @pytest.mark.parametrize("name, args, words", [
-    ("rg:chainsum", {}, "did you mean chain_sum"), ("rg:countdown", {}, "as Python"),
-    ("rg:gcd", {"size_of_it": 1}, "size_of_it"), ("rg:chain_sum", {"min_terms": 99}, "max_terms")])
+    ("rg:chainsum", {}, "did you mean chain_sum"),
+    ("rg:countdown", {}, "as Python"),
+    ("rg:gcd", {"size_of_it": 1}, "size_of_it"),
+    ("rg:chain_sum", {"min_terms": 99}, "max_terms"),
+])
 def test_reasoning_gym_refuses_in_one_line(name, args, words):
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=words) as e:
@@ -753,16 +796,18 @@ def test_chat_template_bos_and_arguments():
 
 
 def test_a_tokenizer_adds_no_bos_of_its_own():
-    """Llama's puts one before every text: the templates have it already, and two are not trained."""
+    """Llama's puts one before every text: the templates have it already, and a second one is not
+    what was trained."""
     from tokenizers.processors import TemplateProcessing
-    tokenizer = byte_tokenizer()
-    bos = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer, bos = byte_tokenizer(), "<|im_start|>"
+    bos_id = tokenizer.convert_tokens_to_ids(bos)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos[0]} $A", special_tokens=[bos])
-    assert tokenizer("x").input_ids[0] == bos[1]
-    tokenizer.bos_token = bos[0]
-    assert data.encode([SUM], "orz", tokenizer, 2000)[0].ids.count(bos[1]) == 1
-    assert data.encode([SUM], "none", tokenizer, 500)[0].ids.count(bos[1]) == 0
+        single=f"{bos} $A", special_tokens=[(bos, bos_id)])
+    assert tokenizer("x").input_ids[0] == bos_id
+    tokenizer.bos_token = bos
+    for template, count in (("orz", 1), ("none", 0)):
+        question = data.encode([SUM], template, tokenizer, 2000)[0]
+        assert question.ids.count(bos_id) == count
 
 
 def test_a_date_in_a_chat_template_stands_still():
@@ -785,15 +830,20 @@ def test_a_grader_of_your_own_needs_no_words():
     ("{{ raise_exception('system first') }}", "TemplateError: system first"),
     ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"),
     ("{{ nobody.knows }}", "UndefinedError"),
-    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 'a' + 1 }}", "TypeError"),
-    ("{{ range(10000000) }}", "OverflowError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ 'a' + 1 }}", "TypeError"),
+    ("{{ range(10000000) }}", "OverflowError"),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    ("{{ '\\ud83d' }}", "surrogates"), ("{{ 'x' * 2000000 }}", "2,000,000 characters"),
-    ("{{ 'x' * 10000000000 }}", "a product above"), ("{{ [1] * 99999999999 }}", "a product above"),
+    ("{{ '\\ud83d' }}", "surrogates"),
+    ("{{ 'x' * 2000000 }}", "2,000,000 characters"),
+    ("{{ 'x' * 10000000000 }}", "a product above"),
+    ("{{ [1] * 99999999999 }}", "a product above"),
     ("{{ 9**9**9 }}", r"KeyError: '\*\*'"),  # would never end, and no thread run meanwhile
     ("{{ raise_exception('\x1b[2J') }}", r"TemplateError: \[2J"),
     ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
-     "longer than 0.06 s")])
+     "longer than 0.06 s"),
+])
 def test_chat_templates_of_strangers(template, words, monkeypatch):
     """One line, whatever they raise, and a bound on time and output."""
     if "range(3000)" in template:
@@ -809,7 +859,8 @@ def test_chat_templates_of_strangers(template, words, monkeypatch):
 def test_char_tokenizers_round_trip_and_reload(name, tmp_path):
     built = data.char_tokenizer(name)
     built.save_pretrained(tmp_path)
-    texts = [p + "".join(r) for phase in ("skill", "habit") for p, r in data.demos(name, 40, phase)]
+    demos = data.demos(name, 40, "skill") + data.demos(name, 40, "habit")
+    texts = [prompt + "".join(response) for prompt, response in demos]
     for tokenizer in (built, data.load_tokenizer(tmp_path)):
         assert tokenizer.eos_token is None and tokenizer.pad_token == "_"
         end = tokenizer.convert_tokens_to_ids("$")
@@ -843,20 +894,23 @@ def test_nothing_is_lost_by_a_normalizer():
 
 
 def test_prompts_that_are_too_long_may_be_left_out(capsys):
-    problems = [Problem("x" * n, {"answer": "1"}, "math", str(n)) for n in (3, 50, 7)]
+    answer = {"answer": "1"}
+    problems = [Problem("x" * n, answer, "math", str(n)) for n in (3, 50, 7)]
     some = data.encode(problems, "none", byte_tokenizer(), 49, skip=True)
-    assert [q.problem.id for q in some] == ["3", "7"] and all(len(q.ids) <= 49 for q in some)
+    assert [q.problem.id for q in some] == ["3", "7"]
+    assert all(len(q.ids) <= 49 for q in some)
     assert capsys.readouterr().err == "1 of 3 prompts have more than 49 tokens and are left out\n"
 
 
 def test_prompts_of_wapos_runs():
     """Word for word as layer6ai-labs/wapo ca70250, environments/, asks: under a chat template."""
-    box, line = [Problem("What is 1+1?", {"answer": "2"}, task, "") for task in
-                 ("exact_box", "exact_line")]
+    box = Problem("What is 1+1?", {"answer": "2"}, "exact_box", "")
+    line = Problem("What is 1+1?", {"answer": "2"}, "exact_line", "")
     tokenizer = byte_tokenizer(CHAT)
     begin, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     assert render(box, "chat", tokenizer) == (
-        f"{begin}What is 1+1?\n\nSolve the problem and put your final answer inside \\boxed{{}}.{end}")
+        f"{begin}What is 1+1?\n\n"
+        f"Solve the problem and put your final answer inside \\boxed{{}}.{end}")
     assert render(line, "chat", tokenizer) == (
         f"{begin}Solve the following math problem step by step. Put your reasoning inside "
         "<think>...</think> tags. On the final line, write exactly: Answer: <your answer>.\n\n"
@@ -877,7 +931,8 @@ def test_every_end_of_a_response_is_known():
     """Qwen's base models: config.json names <|endoftext|> alone, the chat ends with <|im_end|>."""
     tokenizer = byte_tokenizer(CHAT)
     eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert data.end_ids(tokenizer, [eos, None, 9999, 7], len(tokenizer)) == [eos, 7, end]
+    named = [eos, None, 9999, 7]
+    assert data.end_ids(tokenizer, named, len(tokenizer)) == [eos, 7, end]
     assert data.end_ids(tokenizer, [], end) == [eos]  # beyond the model's vocabulary
     tokenizer.chat_template = None
     assert data.end_ids(tokenizer, [7], len(tokenizer)) == [7, eos]

@@ -188,7 +188,8 @@ def test_clustered_error_is_the_double_sum_over_pairs_of_one_cluster(pairs):
         return
     total = 0
     for i, j in itertools.product(range(Q), repeat=2):
-        total += (v[i] - mean) * (v[j] - mean) * (groups[i] == groups[j])
+        if groups[i] == groups[j]:
+            total += (v[i] - mean) * (v[j] - mean)
     variance = max(0, total) * C / (C - 1)
     assert found == pytest.approx(math.sqrt(variance) / Q, abs=1e-6)
 
@@ -281,8 +282,10 @@ def test_a_run_on_a_file_is_asked_what_it_was_not_trained_on(run, call, tmp_path
 
 
 @pytest.mark.parametrize("flags, says", [
-    ({"data": ["x"]}, "unknown dataset"), ({"template_args": 5}, "template_args cannot be 5"),
-    ({"turns": "12"}, "config.json: turns cannot be '12'")])
+    ({"data": ["x"]}, "unknown dataset"),
+    ({"template_args": 5}, "template_args cannot be 5"),
+    ({"turns": "12"}, "config.json: turns cannot be '12'"),
+])
 def test_a_run_of_a_stranger(run, refused, tmp_path, flags, says):
     """Flags of the wrong kind are one line: no traceback, and no task that nobody asked for."""
     assert says in refused("--max_new_tokens", 9, checkpoint=edited(run, tmp_path, **flags))
@@ -415,7 +418,11 @@ def test_a_smaller_limit_loses_nothing_a_larger_one_continues(call, whole, tmp_p
 
 
 @pytest.mark.parametrize("flags", [
-    ("--temperature", 0.7), ("--top_p", 0.5), ("--max_new_tokens", 5), ("--seed", 3)])
+    ("--temperature", 0.7),
+    ("--top_p", 0.5),
+    ("--max_new_tokens", 5),
+    ("--seed", 3),
+])
 def test_responses_of_other_flags_are_set_aside_not_mixed_and_not_lost(call, whole, flags):
     old = (whole / "samples_chainsum.jsonl").read_bytes()
     flags = ("--out", whole, "--limit", 24, "--n", 4, *flags)
@@ -503,11 +510,13 @@ def test_repeated_questions_are_sampled_apart(call, tmp_path):
     call("--tasks", f"{file},chainsum", "--limit", 2, "--out", tmp_path, "--temperature", 3)
     rows, result = rows_of(tmp_path, "samples_mine"), results_of(tmp_path)
     assert list(result) == ["mine", "chainsum"] and result["mine"]["se"] is None  # one cluster
-    assert [r["response"] for r in rows[:8]] != [r["response"] for r in rows[8:]]
+    responses = [r["response"] for r in rows]
+    assert responses[:8] != responses[8:]
 
 
 def test_acpo_compat_reaches_the_grader_of_math_only():
-    rows = [row(response="4", answer={"answer": "4"}, task=task) for task in ("math", "chainsum")]
+    answer = {"answer": "4"}
+    rows = [row(response="4", answer=answer, task=task) for task in ("math", "chainsum")]
     for compat, scores in ((False, [0, 0]), (True, [1, 0])):
         args = evaluation.parse(["x", *(["--acpo_compat"] if compat else [])])
         with rewards.Scorer(workers=1) as scorer:
@@ -582,20 +591,30 @@ def test_reasoning_gym_as_a_task(call, chatty):
 @pytest.mark.parametrize("flags, says", [
     (["--tasks", "chainsm"], "did you mean chainsum?"),
     (["--tasks", "chainsum,countdwn"], "mean countdown"),
-    (["--suite", "maths"], "choose from"), (["--temprature", "1"], "did you mean --temperature"),
-    (["--checkpoint", "other"], "unknown flag '--checkpoint'"), (["--lisst"], "mean --list"),
-    (["--n", "0"], "0 must be at least 1"), (["--n", "many"], "argument --n"),
+    (["--suite", "maths"], "choose from"),
+    (["--temprature", "1"], "did you mean --temperature"),
+    (["--checkpoint", "other"], "unknown flag '--checkpoint'"),
+    (["--lisst"], "mean --list"),
+    (["--n", "0"], "0 must be at least 1"),
+    (["--n", "many"], "argument --n"),
     (["--limit", "-3"], "at least 1"),
-    (["--k", "9"], "--k 9"), (["--k", "1,x"], "--k 1,x"), (["--k", "0"], "--k 0"),
-    (["--max_new_tokens", "0"], "--max_new_tokens"), (["--threads", "0"], "--threads"),
-    (["--temperature", "-1"], "--temperature -1"), (["--temperature", "nan"], "--temperature nan"),
-    (["--temperature", "0"], "say --greedy"), (["--top_p", "0"], "--top_p"),
-    (["--top_p", "1.5"], "--top_p 1.5"), (["--template", "orc"], "did you mean orz"),
+    (["--k", "9"], "--k 9"),
+    (["--k", "1,x"], "--k 1,x"),
+    (["--k", "0"], "--k 0"),
+    (["--max_new_tokens", "0"], "--max_new_tokens"),
+    (["--threads", "0"], "--threads"),
+    (["--temperature", "-1"], "--temperature -1"),
+    (["--temperature", "nan"], "--temperature nan"),
+    (["--temperature", "0"], "say --greedy"),
+    (["--top_p", "0"], "--top_p"),
+    (["--top_p", "1.5"], "--top_p 1.5"),
+    (["--template", "orc"], "did you mean orz"),
     (["--template", "chat"], "this tokenizer has none"),
     (["--template_args", "thinking"], "--template_args thinking: write name=value"),
     (["--tasks", "countdown"], "(prompt of countdown-test-0)"),
     (["--max_new_tokens", "255"], "the prompt of chainsum-test-0 has 7 tokens, allowed: 1 to 1"),
-    (["--tasks", "no/such.jsonl"], "No such file")])
+    (["--tasks", "no/such.jsonl"], "No such file"),
+])
 def test_bad_flags(refused, tmp_path, monkeypatch, flags, says):
     monkeypatch.setattr(evaluation, "generate", nothing_is_sampled)
     assert says in refused("--out", tmp_path / "out", *flags)
@@ -616,7 +635,10 @@ def test_no_checkpoint_at_all(refused, run, tmp_path):
 
 
 @pytest.mark.parametrize("lost, says", [
-    ("tokenizer", "no tokenizer there"), ("model", "safetensors"), ("config", "config.json")])
+    ("tokenizer", "no tokenizer there"),
+    ("model", "safetensors"),
+    ("config", "config.json"),
+])
 def test_a_checkpoint_that_lacks_a_part(refused, run, tmp_path, lost, says):
     shutil.copytree(run / "step-000003", tmp_path / "ckpt")
     for file in (tmp_path / "ckpt").glob(f"{lost}*"):

@@ -165,8 +165,11 @@ def test_bapo_chooses_the_official_band():
     _, _, m = golden_run("bapo", {})
     equal([m["band_low"].item(), m["band_high"].item()], [.9, 3.0])
 
-@pytest.mark.parametrize("delta, low, high", [(.005, .903305, 1.103361), (.1, .616817, 1.516221),
-                                              (.2, .493239, 1.772250)])
+@pytest.mark.parametrize("delta, low, high", [
+    (.005, .903305, 1.103361),
+    (.1, .616817, 1.516221),
+    (.2, .493239, 1.772250),
+])
 def test_kl3_bounds_are_the_roots(delta, low, high):
     """By the two branches of Lambert's W, in double precision, and by the equation itself."""
     roots = losses.kl3_bounds(delta)

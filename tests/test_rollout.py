@@ -70,7 +70,8 @@ def gaps(model, rollouts, temperature=1.0):
     packed = pack([r.tokens for r in rollouts], [r.prompt_len for r in rollouts], "cpu")
     with torch.no_grad():
         trainer = model(*packed, temperature)[0]
-    return (trainer - torch.tensor([x for r in rollouts for x in r.logp])).abs()
+    recorded = [logp for r in rollouts for logp in r.logp]
+    return (trainer - torch.tensor(recorded)).abs()
 
 
 # ---- What is sampled ----
@@ -106,19 +107,31 @@ def test_every_slot_count_and_order_draws_the_same(monkeypatch):
     model, prompts = build(), some_prompts(40)
 
     def sampled(which, n=4, **how):
-        """(prompt, sample) -> response."""
+        """{(prompt, sample): response}."""
         some = [prompts[i] for i in which]
-        rollouts = generate(model, some, n, 40, seed=[100 + i for i in which], **how)
-        return dict(zip([(i, j) for i in which for j in range(n)], rollouts))
+        seeds = [100 + i for i in which]
+        rollouts = generate(model, some, n, 40, seed=seeds, **how)
+        keys = [(i, j) for i in which for j in range(n)]
+        return dict(zip(keys, rollouts))
     whole = sampled(range(40))
     assert sum(r.length for r in whole.values()) > 2000
-    others = [sampled(range(5), slots=1), sampled(range(20), slots=7), sampled(range(40), slots=64),
-              sampled(random.Random(1).sample(range(40), 40)), sampled(range(40), n=2)]
-    pairs = [(*key, r) for other in others for key, r in other.items()]
-    differing = [(i, j, r) for i, j, r in pairs if r.tokens != whole[i, j].tokens]
-    print(f"{len(differing)} of {len(pairs)} responses differ")
+    shuffled = random.Random(1).sample(range(40), 40)
+    others = [
+        sampled(range(5), slots=1),
+        sampled(range(20), slots=7),
+        sampled(range(40), slots=64),
+        sampled(range(40), n=2),
+        sampled(shuffled),
+    ]
+    differing = []
+    for other in others:
+        for (i, j), r in other.items():
+            if r.tokens != whole[i, j].tokens:
+                differing.append((i, j, r))
+    print(f"{len(differing)} of {sum(map(len, others))} responses differ")
     assert len(differing) <= 2
-    assert all(at_an_edge(model, whole[i, j], r, 100 + i, j) for i, j, r in differing)
+    for i, j, r in differing:
+        assert at_an_edge(model, whole[i, j], r, 100 + i, j)
 
 
 def test_every_prompt_has_its_own_limit():
@@ -127,7 +140,8 @@ def test_every_prompt_has_its_own_limit():
     long = generate(model, prompts, 2, 30, seed=5, eos_ids=[])
     short = generate(model, prompts, 2, limits, seed=5, eos_ids=[], slots=5)
     for i, (a, b) in enumerate(zip(long, short)):
-        assert b.length == limits[i // 2] and a.tokens[:len(b.tokens)] == b.tokens
+        assert b.length == limits[i // 2]
+        assert a.tokens[:len(b.tokens)] == b.tokens
 
 
 def test_a_recycled_slot_forgets_its_last_sequence():
@@ -147,7 +161,8 @@ def test_the_trainer_computes_the_recorded_logp(family):
         rollouts = generate(model, some_prompts(10), 4, 80, temperature, seed=3)
         assert all(r.length == len(r.logp) for r in rollouts)
         gap = gaps(model, rollouts, temperature)
-        assert len(gap) > 500 and gap.mean() < 5e-6 and gap.max() < 5e-5
+        assert len(gap) > 500
+        assert gap.mean() < 5e-6 and gap.max() < 5e-5
 
 
 def test_the_recorded_logp_is_that_of_the_whole_distribution():
@@ -171,7 +186,8 @@ def test_distribution_is_softmax():
 
 
 def test_uniforms_are_uniform_and_unrelated():
-    u = torch.stack([uniforms([1, 2], seed, 0, 500) for seed in range(200)])
+    rows = [uniforms([1, 2], seed, 0, 500) for seed in range(200)]
+    u = torch.stack(rows)
     assert u.min() >= 0 and u.max() <= LARGEST
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
     assert (torch.corrcoef(u) - torch.eye(200)).abs().max() < 0.25
@@ -188,9 +204,15 @@ def test_uniforms_are_uniform_and_unrelated():
 def test_draw_edges():
     """u = 0 never gives a token of probability 0, and the largest u never runs off the end."""
     z = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
-    for u, expected in ((0.0, 1), (0.49, 1), (0.51, 2), (LARGEST, 2)):
+    for u, expected in [
+        (0.0, 1),
+        (0.49, 1),
+        (0.51, 2),
+        (LARGEST, 2),
+    ]:
         token, logp = draw(z, torch.tensor([u]))
-        assert token.item() == expected and abs(logp.item() - math.log(0.5)) < 1e-6
+        assert token.item() == expected
+        assert abs(logp.item() - math.log(0.5)) < 1e-6
     wide = torch.randn(50, 150_000, generator=torch.Generator().manual_seed(0))
     wide[:, 100_000:] = -math.inf
     token, _ = draw(wide, torch.full((50,), LARGEST))

@@ -25,15 +25,23 @@ SEARCH = tools.Tool(lambda calls: calls, "<search>", "</search>", "<information>
 
 def test_the_facts_of_hops():
     """One kit has one boss, in every process; what is no question gets a question mark."""
-    assert HOPS.ask(["dub.B", "dub.R", "dub", "dubb.B", "dub.X", ""]) == [
-        ("sap", False), ("4", False)] + 4 * [("?", False)]
+    assert HOPS.ask(["dub.B", "dub.R"]) == [("sap", False), ("4", False)]
+    assert HOPS.ask(["dub", "dubb.B", "dub.X", ""]) == 4 * [("?", False)]
     rooms = [data.fact(f"{a}{b}{c}.R") for a in "bdfg" for b in "aeiou" for c in "klmn"]
-    assert set(rooms) == set("0123456789") and max(map(rooms.count, rooms)) < 20
+    assert set(rooms) == set("0123456789")
+    assert max(map(rooms.count, rooms)) < 20
 
 
 def test_what_a_turn_asks():
-    for text, call in [("[kit.B]", "kit.B"), ("x[a[kit.B]\n", "kit.B"), ("[]", ""), ("#4$", None),
-                       ("[kit.B", None), ("kit.B]", None), ("", None)]:
+    for text, call in [
+        ("[kit.B]", "kit.B"),
+        ("x[a[kit.B]\n", "kit.B"),
+        ("[]", ""),
+        ("#4$", None),
+        ("[kit.B", None),
+        ("kit.B]", None),
+        ("", None),
+    ]:
         assert HOPS.call_in(text) == call
 
 
@@ -49,8 +57,11 @@ def test_no_reply_can_forge_a_tag():
 
 def test_calls_and_replies_have_a_limit():
     heard = []
-    tool = tools.Tool(lambda calls: heard.extend(calls) or ["x" * 10**6] * len(calls), "[", "]",
-                      "(", ")", marks="")
+
+    def flood(calls):
+        heard.extend(calls)
+        return ["x" * 10**6] * len(calls)
+    tool = tools.Tool(flood, "[", "]", "(", ")", marks="")
     (reply, failed), = tool.ask(["a\x00\x1b\u202e\n" + "b" * 100_000])
     assert heard == ["a " + "b" * (tools.CALL - 2)]
     assert (len(reply), failed) == (tools.REPLY, False)
@@ -62,23 +73,35 @@ def test_the_same_question_is_asked_once_and_parts_are_asked_at_the_same_time():
 
     def answer(calls):
         meeting.wait()  # fails if the parts come one after the other
-        heard.append(calls)
+        heard.append("".join(calls))
         return [call.upper() for call in calls]
     tool = tools.Tool(answer, "[", "]", "(", ")", marks="", part=2)
     calls = list("abcabcdefgh")
     assert tool.ask(calls) == [(call.upper(), False) for call in calls]
-    assert sorted(heard) == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
+    assert sorted(heard) == ["ab", "cd", "ef", "gh"]
 
 
 @pytest.mark.parametrize("answer", [
-    lambda calls: 1 / 0, lambda calls: [], lambda calls: None, lambda calls: [7],
-    lambda calls: ["a", "b"], lambda calls: never.wait()])
+    lambda calls: 1 / 0,
+    lambda calls: [],
+    lambda calls: None,
+    lambda calls: [7],
+    lambda calls: ["a", "b"],
+    lambda calls: never.wait(),
+])
 def test_a_tool_that_fails_or_hangs_is_an_error_text(answer):
     tool = tools.Tool(answer, "[", "]", "(", ")", marks="", seconds=0.2, error="no reply")
     assert tool.ask(["a"]) == [("no reply", True)]
 
 
 never = threading.Event()
+BAD_BODIES = {
+    "garbage": b"<html>",
+    "deep": b"[" * 10**5,
+    "list": b"[1, 2]",
+    "few": b'{"result": []}',
+    "types": b'{"result": [[{"document": 7}]]}',
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +115,11 @@ def server():
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.heard.append(asked)
             how = asked["queries"][0].split()[0]
-            hits = [[{"document": {"contents": f'"T"\n{query}  {i}'}, "score": 1 - i}
-                     for i in range(4)] for query in asked["queries"]]
-            body = {"garbage": b"<html>", "deep": b"[" * 10**5, "list": b"[1, 2]",
-                    "few": b'{"result": []}', "types": b'{"result": [[{"document": 7}]]}',
-                    }.get(how, json.dumps({"result": hits}).encode())
+            hits = []
+            for query in asked["queries"]:
+                hits.append([{"document": {"contents": f'"T"\n{query}  {i}'}, "score": 1 - i}
+                             for i in range(4)])
+            body = BAD_BODIES.get(how, json.dumps({"result": hits}).encode())
             if how == "hangs":
                 never.wait(60)
             self.send_response(500 if how == "fails" else 200)
@@ -132,8 +155,7 @@ def test_a_search_r1_server(server):
     assert (tool.call_open, tool.call_close, tool.ends) == ("<search>", "</search>", ("</answer>",))
 
 
-@pytest.mark.parametrize("how", ["fails", "garbage", "deep", "list", "few", "types", "hangs",
-                                 "drips", "floods"])
+@pytest.mark.parametrize("how", [*BAD_BODIES, "fails", "hangs", "drips", "floods"])
 def test_a_bad_server_costs_its_calls_and_nothing_else(server, how, monkeypatch):
     """Seventeen calls are two requests: the other one is answered."""
     monkeypatch.setattr(tools, "BODY", 2**16)
@@ -142,8 +164,8 @@ def test_a_bad_server_costs_its_calls_and_nothing_else(server, how, monkeypatch)
     began = time.monotonic()
     replies = tool.ask([how] + [f"good {i}" for i in range(16)])
     assert time.monotonic() - began < 5
-    assert replies[0] == (tool.error, True) and replies[16] == (
-        '"T" good 15 0\n\n"T" good 15 1\n\n"T" good 15 2', False)
+    assert replies[0] == (tool.error, True)
+    assert replies[16] == ('"T" good 15 0\n\n"T" good 15 1\n\n"T" good 15 2', False)
 
 
 def test_no_server_at_all():
@@ -153,13 +175,20 @@ def test_no_server_at_all():
 
 def test_bm25_finds_what_the_question_names():
     pytest.importorskip("bm25s")
-    passages = ["Ada Lovelace: She wrote the first program.", "Paris: The capital of France.",
-                "Rome: The capital of Italy.", "Oslo: A city by the sea.", "Nice: It is in France."]
+    passages = [
+        "Ada Lovelace: She wrote the first program.",
+        "Paris: The capital of France.",
+        "Rome: The capital of Italy.",
+        "Oslo: A city by the sea.",
+        "Nice: It is in France.",
+    ]
     tool = tools.make("search", passages=lambda: passages)
     (first, _), (second, _), (nothing, failed) = tool.ask(
         ["who wrote the first program", "capital of France?", "zzz"])
-    assert first.split("\n\n")[0] == passages[0] and second.split("\n\n")[0] == passages[1]
-    assert len(second.split("\n\n")) == 3 and not failed and nothing
+    assert first.split("\n\n")[0] == passages[0]
+    assert second.split("\n\n")[0] == passages[1]
+    assert len(second.split("\n\n")) == 3
+    assert nothing and not failed
     short = tools.make("search", passages=lambda: passages[:2])
     assert short.ask(["France"])[0][0].startswith("Paris")
 
@@ -200,11 +229,12 @@ def talk(model, some, n=4, limit=120, **how):
 
 def gaps(model, rollouts, temperature=1.0):
     """|log p of the trainer - log p of the sampler| of the policy's own tokens."""
-    packed = pack([r.tokens for r in rollouts], [r.prompt_len for r in rollouts], "cpu",
-                  [r.drawn for r in rollouts])
+    sequences = [r.tokens for r in rollouts]
+    packed = pack(sequences, [r.prompt_len for r in rollouts], "cpu", [r.drawn for r in rollouts])
     with torch.no_grad():
         trainer = model(*packed, temperature)[0]
-    return (trainer - torch.tensor([x for r in rollouts for x in r.own(r.logp)])).abs()
+    recorded = [logp for r in rollouts for logp in r.own(r.logp)]
+    return (trainer - torch.tensor(recorded)).abs()
 
 
 def segments(rollout):
@@ -222,15 +252,17 @@ def test_replies_stand_behind_the_calls_and_are_not_the_policys():
     assert sum(r.calls for r in rollouts) > 20 and max(r.calls for r in rollouts) == 2
     for r in rollouts:
         assert len(r.logp) == len(r.drawn) == len(r.tokens) - r.prompt_len <= 120
-        assert r.length == sum(r.drawn) and all(p == 0 for p, own in zip(r.logp, r.drawn) if not own)
+        assert r.length == sum(r.drawn)
+        assert all(logp == 0 for logp, own in zip(r.logp, r.drawn) if not own)
         parts = segments(r)
         assert [own for own, _ in parts] == [i % 2 == 0 for i in range(len(parts))]
-        for (_, said), (_, heard) in zip(parts[::2], parts[1::2]):
-            call = CHARS.decode(said).rpartition("a")[2]
+        texts = [CHARS.decode(tokens) for _, tokens in parts]
+        for said, heard in zip(texts[::2], texts[1::2]):
+            call = said.rpartition("a")[2]
             assert call.endswith("]")
-            assert CHARS.decode(heard) == f"({ECHO.defused(call[:-1][::-1][:9] + 'kit')})"
-        last = CHARS.decode(parts[-1][1])
-        assert r.finished == (last.endswith("]") and "a" not in last)
+            reply = call[:-1][::-1][:9] + "kit"  # ECHO's
+            assert heard == f"({ECHO.defused(reply)})"
+        assert r.finished == (texts[-1].endswith("]") and "a" not in texts[-1])
 
 
 @torch.no_grad()
@@ -244,10 +276,13 @@ def test_a_conversation_is_a_function_of_weights_prompt_seed_and_sample():
             if not drawn:
                 ids += tokens
                 continue
-            u = uniforms(ids, f"{seed} {sample} {turn // 2}" if turn else seed,
-                         0 if turn else sample, len(tokens))
+            if turn == 0:
+                u = uniforms(ids, seed, sample, len(tokens))
+            else:
+                u = uniforms(ids, f"{seed} {sample} {turn // 2}", 0, len(tokens))
             for number, token in zip(u, tokens):
-                cdf = model(torch.tensor([ids]))[0, -1].softmax(-1).cumsum(-1)
+                logits = model(torch.tensor([ids]))[0, -1]
+                cdf = logits.softmax(-1).cumsum(-1)
                 assert token == int((cdf <= number * cdf[-1]).sum())
                 ids.append(token)
         assert ids == r.tokens
@@ -257,13 +292,20 @@ def test_slots_and_batch_order_change_nothing():
     model, some = policy(), prompts(20)
 
     def talked(which, n=3, **how):
-        rollouts = talk(model, [some[i] for i in which], n, seed=[9 + i for i in which], **how)
-        return {(i, j): (r.tokens, r.drawn, r.calls)
-                for (i, j), r in zip([(i, j) for i in which for j in range(n)], rollouts)}
+        """{(prompt, sample): what was said}."""
+        seeds = [9 + i for i in which]
+        rollouts = talk(model, [some[i] for i in which], n, seed=seeds, **how)
+        keys = [(i, j) for i in which for j in range(n)]
+        return {key: (r.tokens, r.drawn, r.calls) for key, r in zip(keys, rollouts)}
     whole = talked(range(20))
     assert sum(calls for *_, calls in whole.values()) > 20
-    for other in (talked(range(4), slots=1), talked(range(20), slots=7), talked(range(20), n=2),
-                  talked(random.Random(1).sample(range(20), 20))):
+    shuffled = random.Random(1).sample(range(20), 20)
+    for other in (
+        talked(range(4), slots=1),
+        talked(range(20), slots=7),
+        talked(range(20), n=2),
+        talked(shuffled),
+    ):
         assert all(whole[key] == found for key, found in other.items())
 
 
@@ -295,7 +337,8 @@ def test_turns_tokens_and_the_budget_end_a_conversation():
 
 def test_with_one_turn_it_is_generate():
     model, some = policy(), prompts()
-    plain = generate(model, some, 4, 120, seed=5, eos_ids=[], stop=("]",), tokenizer=CHARS)
+    plain = generate(model, some, 4, 120, seed=5, eos_ids=[],
+                     stop=("]",), tokenizer=CHARS)
     for a, b in zip(plain, talk(model, some, turns=1)):
         assert (a.tokens, a.logp) == (b.tokens, b.logp)
 
@@ -312,13 +355,15 @@ def test_special_tokens_in_a_reply_are_mere_text():
     """A passage that holds [INST] or <|im_end|> must not open or close a turn."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(CHARS.get_vocab()))} |
-                                {"I": 100, "S": 101, "T": 102}, merges=[]))
+    numbers = {char: i for i, char in enumerate(sorted(CHARS.get_vocab()))}
+    numbers |= {"I": 100, "S": 101, "T": 102}
+    core = Tokenizer(models.BPE(numbers, merges=[]))
     core.decoder = decoders.Fuse()
     core.add_special_tokens(["[INST]"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     special = tokenizer.convert_tokens_to_ids("[INST]")
-    tool = tools.Tool(lambda calls: ["b[INST]b"] * len(calls), "a", "]", "(", ")", marks="")
+    tool = tools.Tool(lambda calls: ["b[INST]b"] * len(calls),
+                      "a", "]", "(", ")", marks="")
     rollouts = talk(policy(vocab_size=104), prompts(4), tool=tool, tokenizer=tokenizer)
     heard = [tokens for r in rollouts for own, tokens in segments(r) if not own]
     assert heard and all(special not in tokens for tokens in heard)

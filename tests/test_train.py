@@ -92,7 +92,11 @@ def metrics(run_dir):
 
 
 def untimed(run_dir):
-    return [{k: v for k, v in m.items() if k not in TIMING} for m in metrics(run_dir)]
+    rows = metrics(run_dir)
+    for row in rows:
+        for key in TIMING:
+            row.pop(key, None)
+    return rows
 
 
 def weights(run_dir):
@@ -549,16 +553,21 @@ def test_nothing_that_resume_reads_is_unpickled(run, half, tmp_path):
 
 
 @pytest.mark.parametrize("file, text, said", [
-    ("config.json", "[]", "config.json"), ("config.json", '{"lr": null}', "--lr"),
+    ("config.json", "[]", "config.json"),
+    ("config.json", '{"lr": null}', "--lr"),
     ("config.json", '{"recompute": []}', "--recompute"),
-    ("config.json", '{"steps": {"a": 1}}', "--steps"), ("config.json", '{"lr": Infinity}', "--lr"),
+    ("config.json", '{"steps": {"a": 1}}', "--steps"),
+    ("config.json", '{"lr": Infinity}', "--lr"),
     ("config.json", '{"loss": "\\u001b[31m"}', "unknown loss"),
-    ("metrics.jsonl", "{}\n{}\n", "line 1"), ("metrics.jsonl", "[[[", "line 1"),
-    ("latest", "\x1b[31m", "--resume_from"), ("latest", "a\nb", "--resume_from"),
+    ("metrics.jsonl", "{}\n{}\n", "line 1"),
+    ("metrics.jsonl", "[[[", "line 1"),
+    ("latest", "\x1b[31m", "--resume_from"),
+    ("latest", "a\nb", "--resume_from"),
     ("step-000002/resume/state.json", '{"step": 3, "position": 12}', "state.json"),
     ("step-000002/resume/state.json", '{"step": [], "position": 12}', "state.json"),
     ("step-000002/resume/state.json", '{"step": 2, "position": -1}', "state.json"),
-    ("step-000002/resume/state.json", '{"step": 2, "position": "9"}', "state.json")])
+    ("step-000002/resume/state.json", '{"step": 2, "position": "9"}', "state.json"),
+])
 def test_a_strange_run_directory_is_one_printable_line(run, half, file, text, said):
     Path("r", file).write_text(text)
     sums = train.checksums(Path("r/step-000002"))  # a stranger's are right
@@ -586,7 +595,12 @@ def test_metrics_of_the_past_are_read_with_care(run, half):
     path = Path("r/metrics.jsonl")
     first, second = path.read_text().splitlines()
     huge = json.dumps(json.loads(first) | {"reward": 10**400})
-    for lines in ([huge, second], [first], [second, first], [first, second[:50]]):
+    for lines in (
+        [huge, second],
+        [first],
+        [second, first],
+        [first, second[:50]],
+    ):
         path.write_text("\n".join(lines))
         with pytest.raises(SystemExit, match=r"metrics.jsonl line [12] is not"):
             run("--out", "r", "--resume", "--steps", 3)
@@ -653,7 +667,8 @@ def test_two_runs_never_share_a_directory(run, tmp_path):
         assert "holds a run already" in e.value.code or str(p.pid) in e.value.code
     p.terminate()
     finish([p])
-    assert [m["step"] for m in metrics("r")] == list(range(1, len(metrics("r")) + 1))
+    steps = [m["step"] for m in metrics("r")]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_resume_takes_what_is_typed_now(run, half, monkeypatch):
@@ -685,11 +700,14 @@ def test_resume_cannot_poison_a_run(run):
         with pytest.raises(SystemExit, match=said):
             run("--out", "r", "--resume", *flags.split())
         assert Path("r/config.json").read_text() == before
+
+    def evaluated():
+        return [m["step"] for m in metrics("r") if m["eval"] is not None]
+
     run("--out", "r", "--resume", "--steps", 5, "--eval_every", 50)
-    assert [m["step"] for m in metrics("r") if m["eval"] is not None] == [1, 2, 4, 5]
+    assert evaluated() == [1, 2, 4, 5]
     run("--out", "r", "--resume", "--steps", 6, "--keep", 1)
-    # the evaluation of step 5 was made only because a run ended there
-    assert [m["step"] for m in metrics("r") if m["eval"] is not None] == [1, 2, 4, 6]
+    assert evaluated() == [1, 2, 4, 6]  # that of step 5 was made only because a run ended there
     assert [p.name for p in Path("r").glob("step-*")] == ["step-000006"]
 
 
@@ -844,7 +862,8 @@ def rollouts_for(count, samples=4, seed=0):
         p = int(torch.randint(1, 6, (1,), generator=g))
         tokens = torch.randint(0, 16, (p + n,), generator=g).tolist()
         logp = (-torch.rand(n, generator=g) * 3).tolist()
-        rollouts.append(Rollout(tokens, p, logp, True, score=float(i % 3 == 0), group=i // samples))
+        score = float(i % 3 == 0)
+        rollouts.append(Rollout(tokens, p, logp, True, score=score, group=i // samples))
     return rollouts
 
 
@@ -852,7 +871,8 @@ def talks_for(count):
     """The same, with a tool's tokens among them; a policy has the first word."""
     rollouts = rollouts_for(count)
     for r in rollouts:
-        r.drawn = [True, *(token % 3 > 0 for token in r.tokens[r.prompt_len + 1:])]
+        after_the_first = r.tokens[r.prompt_len + 1:]
+        r.drawn = [True] + [token % 3 > 0 for token in after_the_first]
         r.logp = [logp if own else 0.0 for logp, own in zip(r.logp, r.drawn)]
     assert sum(r.length for r in rollouts) < sum(len(r.logp) for r in rollouts) - 10
     return rollouts
@@ -919,9 +939,10 @@ def test_an_update_is_the_gradient_of_the_loss_over_the_mini_batch(rollouts):
     train.update(run, rollouts, {}, train.Meter())
 
     width = max(len(r.tokens) for r in rollouts)
-    ids = torch.tensor([r.tokens + [0] * (width - len(r.tokens)) for r in rollouts])
+    ids = torch.zeros(12, width, dtype=torch.long)
     mask, old_logp = torch.zeros(12, width - 1), torch.zeros(12, width - 1)
     for i, r in enumerate(rollouts):
+        ids[i, :len(r.tokens)] = torch.tensor(r.tokens)
         response = slice(r.prompt_len - 1, len(r.tokens) - 1)
         mask[i, response] = torch.tensor(r.drawn or [1] * r.length)
         old_logp[i, response] = torch.tensor(r.logp)
@@ -1028,7 +1049,8 @@ def test_the_gap_is_summed_over_parts_and_taken_from_rho_before_any_bound():
     for part in (slice(0, 13), slice(13, 60)):
         meter.compare(sampler[part], trainer[part])
     means, rho = meter.means(), (trainer - sampler).double().exp()
-    assert means["sampler_kl"] == pytest.approx((rho - 1 - rho.log()).mean().item())
+    k3 = rho - 1 - rho.log()
+    assert means["sampler_kl"] == pytest.approx(k3.mean().item())
     ess = rho.sum()**2 / (60 * (rho**2).sum())
     assert means["sampler_ess"] == pytest.approx(ess.item())
     assert means["sampler_max"] == pytest.approx(rho.log().abs().max().item())
@@ -1074,7 +1096,8 @@ def gradient_by_token(rollouts):
         lambda norm, x, hidden: hidden.register_hook(seen.append) and None)
     rollouts, = train.microbatches(rollouts, 10**6)
     assert train.update(run, rollouts, {}, train.Meter()) > 1e-3
-    _, rows, _ = pack([r.tokens for r in rollouts], [r.prompt_len for r in rollouts], "cpu")
+    sequences = [r.tokens for r in rollouts]
+    _, rows, _ = pack(sequences, [r.prompt_len for r in rollouts], "cpu")
     largest = seen[0].abs().amax(-1)
     at = [row[r.prompt_len - 1:] for r, row in zip(rollouts, rows)]
     return rollouts, [[largest[place].item() for place in places] for places in at]
@@ -1157,7 +1180,8 @@ def test_the_warm_start_does_not_learn_what_a_tool_says(monkeypatch):
 def test_what_a_tool_says_is_not_graded():
     """Not even a reply that is the answer in its right form."""
     tokenizer, graded = data.char_tokenizer("hops"), []
-    tool = train.tools.Tool(lambda calls: ["#7$"] * len(calls), "a", "]", "(", ")", marks="")
+    tool = train.tools.Tool(lambda calls: ["#7$"] * len(calls),
+                            "a", "]", "(", ")", marks="")
 
     def scorer(items):
         graded.extend(text for _, text, _ in items)
@@ -1195,8 +1219,13 @@ def test_groups_never_mix(run, monkeypatch):
 
 
 def test_minibatches_partition_the_rollout():
-    cases = [(5, 4, 2), (5, 4, 5), (5, 4, 7), (3, 1, 3), (1, 6, 4)]
-    for prompts, samples, updates in cases:
+    for prompts, samples, updates in [
+        (5, 4, 2),
+        (5, 4, 5),
+        (5, 4, 7),
+        (3, 1, 3),
+        (1, 6, 4),
+    ]:
         flags = train.Flags(prompts=prompts, samples=samples, updates=updates)
         rollouts = [Rollout([1, 2], 1, [0.0], True) for _ in range(prompts * samples)]
         batches = train.minibatches(rollouts, flags)
@@ -1209,11 +1238,13 @@ def test_minibatches_partition_the_rollout():
 def test_minibatches_by_samples_hold_the_same_samples_of_every_group():
     """WAPO's: rows are sample-major there, so a mini-batch has n / K samples of all prompts."""
     def sampled(flags):
+        """[[(group, sample)]]: the mini-batches."""
         rollouts = [Rollout([g, j], 1, [0.0], True, group=g)
                     for g in range(flags.prompts) for j in range(flags.samples)]
         return [[tuple(r.tokens) for r in batch] for batch in train.minibatches(rollouts, flags)]
     flags = train.Flags(loss="wapo", prompts=3, samples=8, updates=4)
-    assert sampled(flags)[1] == [(g, j) for j in (2, 3) for g in range(3)]
+    _, second, _, _ = sampled(flags)
+    assert second == [(g, j) for j in (2, 3) for g in range(3)]
     groups = train.Flags(loss="wapo", minibatch="groups", prompts=4, samples=2, updates=4)
     assert sampled(groups)[1] == [(1, 0), (1, 1)]
     many = train.Flags(loss="grpo", minibatch="samples", prompts=3, samples=2, updates=6)
@@ -1246,15 +1277,17 @@ def test_wapo_is_its_repositorys(winners):
         mean = sum(rewards[p::P]) / n
         for k in range(n):
             advantages[p + k * P] = rewards[p + k * P] - mean
-    normalizer = max(sum(any(a > 0 for a in advantages[p::P]) for p in range(P)), 1)
+    won = [any(a > 0 for a in advantages[p::P]) for p in range(P)]
+    normalizer = max(sum(won), 1)
     for k in range(K):
         model.zero_grad()
         total = torch.zeros(())
         for i in range(k * len(rows) // K, (k + 1) * len(rows) // K):
             r = rows[i]
             logits = model(torch.tensor([r.tokens]))[0, r.prompt_len - 1:-1]
-            logp = logits.log_softmax(-1).gather(1, torch.tensor(r.tokens[r.prompt_len:])[:, None])
-            ratio = (logp[:, 0] - torch.tensor(r.logp)).exp()
+            response = r.tokens[r.prompt_len:]
+            logp = logits.log_softmax(-1)[range(len(response)), response]
+            ratio = (logp - torch.tensor(r.logp)).exp()
             if advantages[i] > 0:  # mask_negative_advantages
                 clipped = ratio.clamp(max=1 + 9.0)
                 loss = -torch.min(ratio * advantages[i], clipped * advantages[i])
@@ -1264,7 +1297,8 @@ def test_wapo_is_its_repositorys(winners):
         for name, p in model.named_parameters():
             theirs = torch.zeros_like(p) if p.grad is None else p.grad
             assert torch.allclose(ours[k][name], theirs, rtol=1e-4, atol=1e-7), (k, name)
-    assert winners == 0 or max(g.abs().max() for seen in ours for g in seen.values()) > 1e-3
+    largest = max(g.abs().max() for seen in ours for g in seen.values())
+    assert winners == 0 or largest > 1e-3
 
 
 def test_a_budget_of_prompt_and_response(run, monkeypatch):
@@ -1295,8 +1329,11 @@ def test_microbatches_respect_the_budget(monkeypatch):
         for budget in (1, 20, 60, 1000):
             bins = train.microbatches(rollouts, budget)
             assert len(bins) % world == 0
-            assert sorted(id(r) for b in bins for r in b) == sorted(map(id, rollouts))
-            assert all(len(b) < 2 or sum(len(r.tokens) for r in b) <= budget for b in bins)
+            dealt = [id(r) for microbatch in bins for r in microbatch]
+            assert sorted(dealt) == sorted(map(id, rollouts))
+            for microbatch in bins:
+                tokens = sum(len(r.tokens) for r in microbatch)
+                assert len(microbatch) == 1 or tokens <= budget
 
 
 # ---- Trackers ----------------------------------------------------------------------------------
@@ -1334,7 +1371,8 @@ def test_a_tracker_gets_config_metrics_and_picture_also_of_a_resumed_run(
     called = [line.split() for line in Path("called").read_text().splitlines()]
     assert [line[0] for line in called] == "init log log log finish init log log finish".split()
     assert called[0] == called[5] == ["init", called[0][1], "acpo", "allow"]
-    assert [line[1] for line in called if line[0] == "log"] == ["1", "2", "2", "3", "3"]
+    steps = [line[1] for line in called if line[0] == "log"]
+    assert steps == ["1", "2", "2", "3", "3"]
     assert f"reward={metrics('r')[0]['reward']}" in called[1]
     assert called[3][2:] == called[7][2:] == ["curves=True"]
     assert not any("None" in word for line in called for word in line)
@@ -1389,34 +1427,61 @@ def test_tensorboard(run, monkeypatch):
 # ---- What is wrong, in one line ----------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, said", [
-    ("--loss acpoo", "acpo"), ("--los acpo", "--loss"), ("--data chainsun", "chainsum"),
-    ("--steps many", "--steps"), ("--prompts 0", "--prompts"), ("--updates 100", "--updates 100"),
-    ("--loss_args alhpa=2", "alpha"), ("--loss_args alpha", "name=value"),
-    ("--loss_args alpha=abc", "acpo cannot use that"), ("--agg mean", "token-mean"),
-    ("--loss_args dual_clip=-3", "dual_clip"), ("--advantage gae", "gae"),
-    ("--model no/where/at/all", "no such directory"), ("--model .", "model.safetensors"),
-    ("--template orzz", "orz"), ("--data noanswer.jsonl", "needs --model"),
-    ("--eval_data missing.jsonl", "missing.jsonl"), ("--eval_data empty.jsonl", "empty.jsonl"),
-    ("--eval_data noanswer.jsonl", "noanswer.jsonl line 2"), ("--lr 0", "--lr"),
-    ("--lr nan", "--lr"), ("--steps 1000000", "--steps"), ("--timeout 1e30", "--timeout"),
-    ("--clip_norm nan", "--clip_norm"), ("--clip_norm inf", "--clip_norm"),
+    ("--loss acpoo", "acpo"),
+    ("--los acpo", "--loss"),
+    ("--data chainsun", "chainsum"),
+    ("--steps many", "--steps"),
+    ("--prompts 0", "--prompts"),
+    ("--updates 100", "--updates 100"),
+    ("--loss_args alhpa=2", "alpha"),
+    ("--loss_args alpha", "name=value"),
+    ("--loss_args alpha=abc", "acpo cannot use that"),
+    ("--agg mean", "token-mean"),
+    ("--loss_args dual_clip=-3", "dual_clip"),
+    ("--advantage gae", "gae"),
+    ("--model no/where/at/all", "no such directory"),
+    ("--model .", "model.safetensors"),
+    ("--template orzz", "orz"),
+    ("--data noanswer.jsonl", "needs --model"),
+    ("--eval_data missing.jsonl", "missing.jsonl"),
+    ("--eval_data empty.jsonl", "empty.jsonl"),
+    ("--eval_data noanswer.jsonl", "noanswer.jsonl line 2"),
+    ("--lr 0", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--steps 1000000", "--steps"),
+    ("--timeout 1e30", "--timeout"),
+    ("--clip_norm nan", "--clip_norm"),
+    ("--clip_norm inf", "--clip_norm"),
     ("--beta2 1", "--beta2"),
-    ("--temperature inf", "--temperature"), ("--clip_norm -1", "--clip_norm"),
-    ("--weight_decay -5", "--weight_decay"), ("--temperature 1e-40", "--temperature"),
-    ("--max_prompt_tokens 3", "--max_prompt_tokens 3"), ("--out full", "--resume"),
-    ("--out blocked/x", "blocked"), ("--resume --out never", "no run to continue"),
-    ("--acpo_stats all", "--acpo_stats"), ("--old_logp engine", "--old_logp"),
-    ("--correction tis", "nothing is left to correct"), ("--rollout_dtype int8", "--rollout_dtype"),
-    ("--correction tsi --old_logp trainer", "nearest: tis"), ("--correction_args high=3", "high=3"),
+    ("--temperature inf", "--temperature"),
+    ("--clip_norm -1", "--clip_norm"),
+    ("--weight_decay -5", "--weight_decay"),
+    ("--temperature 1e-40", "--temperature"),
+    ("--max_prompt_tokens 3", "--max_prompt_tokens 3"),
+    ("--out full", "--resume"),
+    ("--out blocked/x", "blocked"),
+    ("--resume --out never", "no run to continue"),
+    ("--acpo_stats all", "--acpo_stats"),
+    ("--old_logp engine", "--old_logp"),
+    ("--correction tis", "nothing is left to correct"),
+    ("--rollout_dtype int8", "--rollout_dtype"),
+    ("--correction tsi --old_logp trainer", "nearest: tis"),
+    ("--correction_args high=3", "high=3"),
     ("--correction tis --old_logp trainer --correction_args hihg=3", "--correction_args hihg=3"),
     ("--correction tis --old_logp trainer --correction_args high=big",
      "--correction_args high=big"),
-    ("--shards_per_replica 2", "--shards_per_replica 2"), ("--offload", "--offload"),
-    ("--tool serch", "--tool"), ("--tool facts", "--tool facts: this --data has no facts"),
-    ("--tool search", "chainsum has no passages"), ("--turns 0", "--turns"),
+    ("--shards_per_replica 2", "--shards_per_replica 2"),
+    ("--offload", "--offload"),
+    ("--tool serch", "--tool"),
+    ("--tool facts", "--tool facts: this --data has no facts"),
+    ("--tool search", "chainsum has no passages"),
+    ("--turns 0", "--turns"),
     ("--tool search --search_url file:///etc/passwd", "--search_url file:///etc/passwd"),
-    ("--width 20", "multiple of 8"), ("--dynamic_sampling -1", "--dynamic_sampling"),
-    ("--overlong_buffer 99", "--overlong_buffer 99"), ("--kv_tokens 5", "kv_tokens")])
+    ("--width 20", "multiple of 8"),
+    ("--dynamic_sampling -1", "--dynamic_sampling"),
+    ("--overlong_buffer 99", "--overlong_buffer 99"),
+    ("--kv_tokens 5", "kv_tokens"),
+])
 def test_bad_input_is_one_line_and_nothing_is_lost(run, tmp_path, flags, said):
     question = '{"prompt": "1", "answer": "2", "task": "chainsum"}\n'
     (tmp_path / "noanswer.jsonl").write_text(question + '{"prompt": "1"}\n')
