@@ -41,12 +41,11 @@ def run(tmp_path_factory):
     end = tokenizer.convert_tokens_to_ids(data.END)
     model = Model.from_scratch(RAW | {"vocab_size": len(tokenizer), "eos_token_id": end}, seed=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    texts = data.demos("chainsum", 60 * 32, "habit")
-    demos = [(tokenizer.encode(p), tokenizer.encode(r)) for p, r in texts]
+    demos = data.demos("chainsum", 60 * 32, "habit")
     for step in range(60):
-        pairs = demos[32 * step:32 * (step + 1)]
-        sequences = [p + r for p, r in pairs]
-        logp = model(*pack(sequences, [len(p) for p, _ in pairs], "cpu"))[0]
+        some = demos[32 * step:32 * (step + 1)]
+        sequences = [tokenizer.encode(prompt + response) for prompt, response in some]
+        logp = model(*pack(sequences, [len(prompt) for prompt, _ in some], "cpu"))[0]
         (-logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -77,13 +76,15 @@ def refused(call):
         with pytest.raises(SystemExit) as stop:
             call(*flags, **kw)
         line = stop.value.code
-        assert isinstance(line, str) and line.startswith("eval.py: ") and "\n" not in line, line
+        assert isinstance(line, str) and line.startswith("eval.py: "), line
+        assert "\n" not in line, line
         return line
     return go
 
 
 def rows_of(directory, name="samples_chainsum"):
-    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+    lines = (directory / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def results_of(directory):
@@ -126,7 +127,8 @@ def test_the_runs_tool_is_there_and_its_calls_are_counted(talking, call, tmp_pat
     rows = rows_of(talking, "samples_hops")
     found = results_of(talking)["hops"]
     assert sum(row["calls"] for row in rows) / len(rows) == pytest.approx(found["calls"])
-    assert 0 < found["calls"] and max(row["calls"] for row in rows) <= 2  # three turns
+    assert found["calls"] > 0
+    assert max(row["calls"] for row in rows) <= 2  # three turns
     assert found["failed_calls"] == 0
     for r in rows:  # graded is what the policy wrote, people see what the tool said
         assert len(r["response"]) == r["length"]
@@ -142,11 +144,12 @@ def test_the_runs_tool_is_there_and_its_calls_are_counted(talking, call, tmp_pat
 
 
 def test_a_tool_is_for_one_task(talking, refused):
-    assert "--tool facts: give one of --tasks" in refused("--tasks", "hops,chainsum",
-                                                          checkpoint=talking)
-    assert "--tool facts: this --data has no facts" in refused("--tasks", "chainsum",
-                                                               checkpoint=talking)
-    assert "--tool fats" in refused("--tool", "fats", checkpoint=talking)
+    for flags, said in [
+        ("--tasks hops,chainsum", "--tool facts: give one of --tasks"),
+        ("--tasks chainsum", "--tool facts: this --data has no facts"),
+        ("--tool fats", "--tool fats"),
+    ]:
+        assert said in refused(*flags.split(), checkpoint=talking)
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -166,13 +169,14 @@ def test_pass_at_k_does_not_overflow():
     assert evaluation.pass_at_k(5000, 10, 2500) == pytest.approx(float(exact), abs=1e-12)
 
 
-values = st.lists(st.floats(0, 1), min_size=2, max_size=30)
+some_scores = st.lists(st.floats(0, 1), min_size=2, max_size=30)
 
 
-@given(values)
-def test_standard_error_is_over_questions_with_ddof_1(v):
-    expected = statistics.stdev(v) / math.sqrt(len(v))
-    assert evaluation.standard_error(v, [""] * len(v)) == pytest.approx(expected, abs=1e-9)
+@given(some_scores)
+def test_standard_error_is_over_questions_with_ddof_1(scores):
+    expected = statistics.stdev(scores) / math.sqrt(len(scores))
+    found = evaluation.standard_error(scores, [""] * len(scores))
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 in_groups = st.tuples(st.floats(0, 1), st.sampled_from("abcd"))
@@ -180,26 +184,28 @@ in_groups = st.tuples(st.floats(0, 1), st.sampled_from("abcd"))
 
 @given(st.lists(in_groups, min_size=2, max_size=20))
 def test_clustered_error_is_the_double_sum_over_pairs_of_one_cluster(pairs):
-    v, groups = zip(*pairs)
-    Q, C, mean = len(v), len(set(groups)), sum(v) / len(v)
-    found = evaluation.standard_error(v, groups)
-    if C == 1:
+    scores, groups = zip(*pairs)
+    found = evaluation.standard_error(scores, groups)
+    clusters = len(set(groups))
+    if clusters == 1:
         assert found is None
         return
+    mean = sum(scores) / len(scores)
     total = 0
-    for i, j in itertools.product(range(Q), repeat=2):
-        if groups[i] == groups[j]:
-            total += (v[i] - mean) * (v[j] - mean)
-    variance = max(0, total) * C / (C - 1)
-    assert found == pytest.approx(math.sqrt(variance) / Q, abs=1e-6)
+    for (score, group), (other, others_group) in itertools.product(pairs, repeat=2):
+        if group == others_group:
+            total += (score - mean) * (other - mean)
+    variance = max(0, total) * clusters / (clusters - 1)
+    assert found == pytest.approx(math.sqrt(variance) / len(scores), abs=1e-6)
 
 
-@given(values)
-def test_asking_every_question_twice_does_not_shrink_the_error(v):
+@given(some_scores)
+def test_asking_every_question_twice_does_not_shrink_the_error(scores):
     """Naive errors would fall by sqrt(2), although nothing new was measured."""
-    groups = [str(i) for i in range(len(v))]
-    once = evaluation.standard_error(v, groups)
-    assert evaluation.standard_error(v + v, groups + groups) == pytest.approx(once, abs=1e-9)
+    groups = [str(i) for i in range(len(scores))]
+    once = evaluation.standard_error(scores, groups)
+    twice = evaluation.standard_error(scores + scores, groups + groups)
+    assert twice == pytest.approx(once, abs=1e-9)
 
 
 four_scores = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4)
@@ -208,8 +214,12 @@ four_scores = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4)
 @settings(max_examples=30)
 @given(st.lists(four_scores, min_size=2, max_size=8))
 def test_score_rows_against_plain_loops(scores):
-    rows = [row(f"q{i}", j, s, status="ok" if s else "no_answer", finished=s > 0, length=j)
-            for i, block in enumerate(scores) for j, s in enumerate(block)]
+    rows = []
+    for question, block in enumerate(scores):
+        for sample, score in enumerate(block):
+            status = "ok" if score else "no_answer"
+            rows.append(row(f"q{question}", sample, score, status=status, finished=score > 0,
+                            length=sample))
     result = evaluation.score_rows(rows, 4, (1, 3))
     means = [sum(block) / 4 for block in scores]
     assert result["avg@4"] == pytest.approx(statistics.mean(means))
@@ -219,7 +229,9 @@ def test_score_rows_against_plain_loops(scores):
         assert result[f"pass@{k}"] == pytest.approx(statistics.mean(passes))
     zeros = sum(scores, []).count(0)
     assert result["truncated"] == result["no_answer"] == pytest.approx(zeros / len(rows))
-    assert (result["questions"], result["n"], result["length"]) == (len(scores), 4, 1.5)
+    assert result["questions"] == len(scores)
+    assert result["n"] == 4
+    assert result["length"] == 1.5
     assert result["status"].get("no_answer", 0) == zeros
 
 
@@ -230,20 +242,26 @@ def test_defaults_are_those_of_the_run(run, call, tmp_path):
     out = call("--out", tmp_path, "--limit", 40)
     record = json.loads((tmp_path / "results.json").read_text())
     result, rows = record["results"]["chainsum"], rows_of(tmp_path)
-    assert record["checkpoint"].endswith("step-000003") and record["config"]["template"] == "none"
+    assert record["checkpoint"].endswith("step-000003")
+    assert record["config"]["template"] == "none"
     assert "n 8, k [1, 8], temperature 1.0, top_p 1.0, max_new_tokens 12, template none" in out
-    problems = data.load("chainsum", "test", n=40)
-    assert [r["id"] for r in rows] == [p.id for p in problems for _ in range(8)]
+    asked = [p for p in data.load("chainsum", "test", n=40) for _ in range(8)]
     assert [r["sample"] for r in rows] == list(range(8)) * 40
-    for r, p in zip(rows, [p for p in problems for _ in range(8)]):
-        assert (r["score"], r["status"]) == rewards.grade("chainsum", r["response"], **p.answer)
-        assert r["prompt"] == p.prompt and r["length"] == len(r["response"])
+    for r, problem in zip(rows, asked, strict=True):
+        assert r["id"] == problem.id
+        assert r["prompt"] == problem.prompt
+        graded = rewards.grade("chainsum", r["response"], **problem.answer)
+        assert (r["score"], r["status"]) == graded
+        assert r["length"] == len(r["response"])
         assert r["finished"] == r["response"].endswith("$")
-    assert result["avg@8"] == pytest.approx(sum(r["score"] for r in rows) / len(rows))
+    scores = [r["score"] for r in rows]
+    assert result["avg@8"] == pytest.approx(sum(scores) / len(scores))
     assert result["pass@1"] == pytest.approx(result["avg@8"])
-    assert 0.02 < result["avg@8"] < 0.3 and result["pass@8"] > result["avg@8"]
-    greedy = rows_of(tmp_path, "greedy_chainsum")
-    assert len(greedy) == 40 and result["greedy"] == sum(r["score"] for r in greedy) / 40
+    assert 0.02 < result["avg@8"] < 0.3
+    assert result["pass@8"] > result["avg@8"]
+    greedy = [r["score"] for r in rows_of(tmp_path, "greedy_chainsum")]
+    assert len(greedy) == 40
+    assert result["greedy"] == sum(greedy) / 40
     shown = re.search(r"chainsum +(\S+) ± (\S+) +(\S+) +(\S+) +(\S+)", out)
     numbers = [100 * result[key] for key in ("avg@8", "se", "pass@1", "pass@8", "greedy")]
     assert [float(text) for text in shown.groups()] == pytest.approx(numbers, abs=0.051)
@@ -271,8 +289,8 @@ def test_length_and_task_of_the_run_are_the_defaults(run, call, refused, tmp_pat
 
 def test_a_run_on_a_file_is_asked_what_it_was_not_trained_on(run, call, tmp_path):
     """A file has no test split: train.py holds a tenth back. By name, the file is asked whole."""
-    file = write(tmp_path / "chainsum.jsonl",
-                 [{"prompt": f"{i:06d}=", "answer": i % 10, "task": "chainsum"} for i in range(30)])
+    rows = [{"prompt": f"{i:06d}=", "answer": i % 10, "task": "chainsum"} for i in range(30)]
+    file = write(tmp_path / "chainsum.jsonl", rows)
     copy = edited(run, tmp_path, data=str(file))
     call("--n", 1, checkpoint=copy)
     assert [r["id"] for r in rows_of(copy)] == ["chainsum-2", "chainsum-12", "chainsum-22"]
@@ -310,17 +328,19 @@ def test_a_lora_adapter_is_evaluated_like_the_merged_checkpoint(run, call, tmp_p
     model.add_lora(4, 8, model.source)
     model.to_empty(device="cpu").load_weights()
     with torch.no_grad():
+        g = torch.Generator().manual_seed(0)
         for p in model.adapters().values():
-            p.normal_(std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+            p.normal_(std=0.2, generator=g)
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
     step = tmp_path / "run/step-000004"
     model.save_pretrained(step)
     call("--out", tmp_path / "base", "--limit", 5)
     for name, checkpoint in (("merged", step), ("adapter", step / "adapter")):
         call("--out", tmp_path / name, "--limit", 5, checkpoint=checkpoint)
-    responses = [[r["response"] for r in rows_of(tmp_path / name)]
-                 for name in ("base", "merged", "adapter")]
-    assert responses[0] != responses[1] == responses[2]
+
+    def responses(name):
+        return [r["response"] for r in rows_of(tmp_path / name)]
+    assert responses("base") != responses("merged") == responses("adapter")
 
 
 @pytest.fixture
@@ -364,7 +384,8 @@ def test_stopped_in_the_middle_and_started_again(call, refused, whole, tmp_path,
     monkeypatch.setattr(evaluation, "generate", generate)
     flags = ("--out", tmp_path / "b", "--limit", 24, "--n", 4)
     assert "the same command goes on" in refused(*flags)
-    assert len(rows_of(tmp_path / "b")) == 32 and not (tmp_path / "b" / "results.json").exists()
+    assert len(rows_of(tmp_path / "b")) == 32
+    assert not (tmp_path / "b" / "results.json").exists()
 
     def counted(model, prompts, *args, **kw):
         asked.append(len(prompts))
@@ -384,7 +405,8 @@ def test_a_half_written_line_is_dropped(call, whole, tmp_path, keep):
         (tmp_path / "b" / file).write_bytes(text[:int(keep * len(text))])
     out = call("--out", tmp_path / "b", "--limit", 24, "--n", 4)
     same(whole, tmp_path / "b")
-    assert "kept as" not in out and len(list((tmp_path / "b").iterdir())) == 3
+    assert "kept as" not in out
+    assert len(list((tmp_path / "b").iterdir())) == 3
 
 
 def nothing_is_sampled(*args, **kw):
@@ -394,7 +416,8 @@ def nothing_is_sampled(*args, **kw):
 def test_responses_are_kept_and_graded_anew(call, whole, monkeypatch):
     """Neither a repaired grader nor a corrected answer costs a second sampling."""
     rows = rows_of(whole)
-    rows[5] |= {"response": f"#{rows[5]['answer']['answer']}$", "score": 0.0, "status": "error"}
+    right = rows[5]["answer"]["answer"]
+    rows[5] |= {"response": f"#{right}$", "score": 0.0, "status": "error"}
     for r in rows[8:12]:
         r["answer"] = {"answer": "corrected since"}
     write(whole / "samples_chainsum.jsonl", rows)
@@ -411,7 +434,8 @@ def test_a_smaller_limit_loses_nothing_a_larger_one_continues(call, whole, tmp_p
     with monkeypatch.context() as m:
         m.setattr(evaluation, "generate", nothing_is_sampled)
         call("--out", whole, "--limit", 10, "--n", 4)
-    assert results_of(whole)["chainsum"]["questions"] == 10 and rows_of(whole) == before
+    assert results_of(whole)["chainsum"]["questions"] == 10
+    assert rows_of(whole) == before
     call("--out", whole, "--limit", 30, "--n", 4)
     call("--out", tmp_path / "b", "--limit", 30, "--n", 4)
     same(whole, tmp_path / "b")
@@ -460,13 +484,21 @@ def test_other_questions_under_the_same_name_cost_no_response(call, tmp_path):
     questions[2]["prompt"] = "777777="
     write(file, questions)
     out = call("--tasks", file, "--out", tmp_path, "--n", 2)
-    assert "kept as samples_mine.jsonl.1" in out and "kept as greedy_mine.jsonl.1" in out
+    assert "kept as samples_mine.jsonl.1" in out
+    assert "kept as greedy_mine.jsonl.1" in out
     assert (tmp_path / "samples_mine.jsonl.1").read_text() == old
     assert rows_of(tmp_path, "samples_mine")[4]["prompt"] == "777777="
 
 
 @pytest.mark.parametrize("line", [
-    "5", "[1]", "null", "no JSON", '{"run": "x/../../victim"}', '{"run": 7}', "[" * 99_999])
+    "5",
+    "[1]",
+    "null",
+    "no JSON",
+    '{"run": "x/../../victim"}',
+    '{"run": 7}',
+    "[" * 99_999,
+])
 def test_sample_files_of_strangers(call, whole, line):
     """Whatever stands there is set aside: a `run` once named a file outside that was replaced."""
     file = whole / "samples_chainsum.jsonl"
@@ -477,7 +509,8 @@ def test_sample_files_of_strangers(call, whole, line):
     lines[1] = line
     file.write_text("\n".join(lines))
     call("--out", whole, "--limit", 24, "--n", 4)
-    assert file.read_text() == good and (whole / "samples_chainsum.jsonl.1").exists()
+    assert file.read_text() == good
+    assert (whole / "samples_chainsum.jsonl.1").exists()
     assert not list(whole.parent.glob("*victim*"))
 
 
@@ -490,7 +523,8 @@ def test_nothing_is_written_through_a_link(call, tmp_path):
         (out / name).symlink_to(victim)
         (out / f".{name}").symlink_to(victim)
     call("--out", out, "--limit", 2, "--n", 2)
-    assert victim.read_text() == "precious" and not (out / "results.json").is_symlink()
+    assert victim.read_text() == "precious"
+    assert not (out / "results.json").is_symlink()
     assert len(rows_of(out)) == 4
 
 
@@ -509,7 +543,8 @@ def test_repeated_questions_are_sampled_apart(call, tmp_path):
     file = write(tmp_path / "mine.jsonl", [question | {"id": "a"}, question | {"id": "b"}])
     call("--tasks", f"{file},chainsum", "--limit", 2, "--out", tmp_path, "--temperature", 3)
     rows, result = rows_of(tmp_path, "samples_mine"), results_of(tmp_path)
-    assert list(result) == ["mine", "chainsum"] and result["mine"]["se"] is None  # one cluster
+    assert list(result) == ["mine", "chainsum"]
+    assert result["mine"]["se"] is None  # one cluster
     responses = [r["response"] for r in rows]
     assert responses[:8] != responses[8:]
 
@@ -517,8 +552,8 @@ def test_repeated_questions_are_sampled_apart(call, tmp_path):
 def test_acpo_compat_reaches_the_grader_of_math_only():
     answer = {"answer": "4"}
     rows = [row(response="4", answer=answer, task=task) for task in ("math", "chainsum")]
-    for compat, scores in ((False, [0, 0]), (True, [1, 0])):
-        args = evaluation.parse(["x", *(["--acpo_compat"] if compat else [])])
+    for flags, scores in (([], [0, 0]), (["--acpo_compat"], [1, 0])):
+        args = evaluation.parse(["x", *flags])
         with rewards.Scorer(workers=1) as scorer:
             assert [r["score"] for r in evaluation.graded(rows, scorer, args)] == scores
 
@@ -569,11 +604,14 @@ def test_ends_and_tags_of_chat_models(call, chatty, tmp_path):
     flags = ("--tasks", file, "--n", 2, "--max_new_tokens", 9)
     assert "template chat" in call(*flags, checkpoint=chatty)
     for r in rows_of(chatty, "samples_q"):
-        assert (r["response"], r["finished"], r["score"]) == ("<answer>4</answer>", True, 1.0)
-        assert r["length"] == 4 and r["prompt"].startswith("<|im_start|>user\n2+2?")
+        assert r["response"] == "<answer>4</answer>"
+        assert r["finished"] and r["score"] == 1.0
+        assert r["length"] == 4
+        assert r["prompt"].startswith("<|im_start|>user\n2+2?")
     out = call(*flags, "--template_args", "mark=x", checkpoint=chatty)
     assert rows_of(chatty, "samples_q")[0]["prompt"].endswith("<|im_start|>x")
-    assert "template_args ['mark=x']" in out and "kept as samples_q.jsonl.1" in out
+    assert "template_args ['mark=x']" in out
+    assert "kept as samples_q.jsonl.1" in out
 
 
 def test_reasoning_gym_as_a_task(call, chatty):
@@ -581,8 +619,10 @@ def test_reasoning_gym_as_a_task(call, chatty):
     call("--tasks", "rg:chain_sum", "--data_args", "min_terms=2", "max_terms=2", "--limit", 3,
          "--n", 1, "--max_new_tokens", 9, checkpoint=chatty)
     rows = rows_of(chatty, "samples_rg-chain_sum")
-    assert len(rows) == 3 and {r["status"] for r in rows} == {"ok"}
-    assert all(r["prompt"].count(" + ") + r["prompt"].count(" - ") == 1 for r in rows)
+    assert len(rows) == 3
+    for r in rows:
+        assert r["status"] == "ok"
+        assert r["prompt"].count(" + ") + r["prompt"].count(" - ") == 1
     assert list(results_of(chatty)) == ["rg-chain_sum"]
 
 

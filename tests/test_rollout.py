@@ -39,9 +39,9 @@ def build(family="qwen2", seed=0, **more):
 
 
 def some_prompts(count, longest=20, seed=0):
-    r = random.Random(seed)
-    lengths = [r.randint(1, longest) for _ in range(count)]
-    return [r.choices(range(4, V), k=length) for length in lengths]
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, longest) for _ in range(count)]
+    return [rng.choices(range(4, V), k=length) for length in lengths]
 
 
 def tokens_of(rollouts):
@@ -260,7 +260,8 @@ def test_eos_at_once_never_and_several():
     model, prompt = build(), [4, 9, 13]
     first = generate(model, [prompt], 1, 5, 0)[0].tokens[3]
     at_once = generate(model, [prompt], 1, 5, 0, eos_ids=[first])[0]
-    assert at_once.tokens == prompt + [first] and at_once.finished  # the EOS is part of it
+    assert at_once.tokens == prompt + [first]  # the EOS is part of it
+    assert at_once.finished
     never = generate(model, [prompt] * 3, 4, 25, eos_ids=[])
     assert all(r.length == 25 and not r.finished for r in never)
     ends = {3, 8, 11}
@@ -268,7 +269,8 @@ def test_eos_at_once_never_and_several():
     rollouts = generate(model, [prompt], 64, 25, seed=2, eos_ids=[*ends, *unknown])
     for r in rollouts:
         assert not ends & set(r.tokens[3:-1])
-        assert r.finished == (r.tokens[-1] in ends) and (r.finished or r.length == 25)
+        assert r.finished == (r.tokens[-1] in ends)
+        assert r.finished or r.length == 25
     assert {r.tokens[-1] for r in rollouts if r.finished} == ends
     own = [r for r in generate(model, [prompt], 64, 25, seed=2) if r.finished]  # the model's
     assert own and all(r.tokens[-1] == EOS for r in own)
@@ -323,16 +325,20 @@ def test_a_prompt_is_computed_once(monkeypatch):
     model, seen = build(), []
     prompts = some_prompts(9) + [[4]]
     prefill = rollout.Decoder.prefill
+
+    def noted(self, new):
+        seen.append([prompt for _, prompt in new])
+        return prefill(self, new)
     monkeypatch.setattr(rollout, "PREFILL_TOKENS", 45)
-    monkeypatch.setattr(rollout.Decoder, "prefill",
-                        lambda self, new: (seen.append([p for _, p in new]), prefill(self, new)))
+    monkeypatch.setattr(rollout.Decoder, "prefill", noted)
     expected = tokens_of(generate(model, prompts, 5, 12, seed=2))
     assert max(map(len, seen)) > 1
     assert max(sum(map(len, part)) for part in seen) <= 45
     for slots in (2, 3, 45):
         seen.clear()
         assert tokens_of(generate(model, prompts, 5, 12, seed=2, slots=slots)) == expected
-        assert [p for part in seen for p in part] == [p for p in prompts if len(p) > 1]
+        computed = [prompt for part in seen for prompt in part]
+        assert computed == [prompt for prompt in prompts if len(prompt) > 1]
 
 
 def test_memory_is_what_was_asked_for(monkeypatch):
@@ -384,7 +390,8 @@ def test_nothing_is_left_of_a_rollout(monkeypatch):
     gc.disable()
     try:
         generate(model, some_prompts(5), 2, 10)
-        assert len(left) == 3 and all(x() is None for x in left)
+        assert len(left) == 3
+        assert all(reference() is None for reference in left)
     finally:
         gc.enable()
 
@@ -408,7 +415,8 @@ def test_interrupt_leaves_a_clean_state(monkeypatch):
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight.mul_(1.5)
     changed = generate(model, prompts, 2, 20, seed=1)
-    assert tokens_of(changed) != expected and gaps(model, changed).max() < 5e-5
+    assert tokens_of(changed) != expected
+    assert gaps(model, changed).max() < 5e-5
 
 
 @pytest.mark.parametrize("call, named", [
@@ -491,7 +499,8 @@ def test_quick_look_says_in_one_line_what_is_wrong(args, named, checkpoint, monk
     with pytest.raises(SystemExit) as e:
         run_main(monkeypatch, *args)
     message = str(e.value.code)
-    assert message.startswith("rollout.py: ") and named in message and "\n" not in message
+    assert message.startswith("rollout.py: ") and named in message
+    assert "\n" not in message
 
 
 def test_quick_look_refuses_weights_that_are_nan(checkpoint, monkeypatch):
@@ -529,12 +538,14 @@ class Recorded(TorchDispatchMode):
         return result
 
     def replay(self):
-        for op, args, kwargs, result in [] if self.just_run else self.calls:
+        if self.just_run:
+            self.just_run = False
+            return
+        for op, args, kwargs, result in self.calls:
             again = op(*args, **kwargs)
             for old, new in zip(tensors(result), tensors(again)):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)  # neither in place nor a view
-        self.just_run = False
 
 
 def tensors(result):
@@ -591,8 +602,9 @@ def test_a_step_never_waits_for_the_host_and_has_fixed_shapes(monkeypatch):
         with torch.no_grad():  # in inference mode composite operations hide what they consist of
             generate.__wrapped__(build(), some_prompts(3), 2, 5, **how)
     assert {"mm", "baddbmm", "_softmax", "scatter_", "searchsorted", "sort", "argmax"} <= called
-    assert not called & {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique",
-                         "_unique2", "is_nonzero", "equal"}
+    reads = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
+    sizes_by_value = {"nonzero", "masked_select", "unique", "_unique2"}
+    assert not called & (reads | sizes_by_value)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 0.9), (0, 1.0)])
@@ -610,18 +622,23 @@ def test_a_step_takes_nothing_from_the_cpu(temperature, top_p):
 
 def test_graph_shapes_are_few():
     rows = [rollout.graph_rows(n) for n in range(1, 2049)]
-    assert all(a >= n for n, a in enumerate(rows, 1)) and rows == sorted(rows)
+    assert rows == sorted(rows)
+    for n, captured in enumerate(rows, 1):
+        assert 0 <= captured - n < max(64, n)
     assert len(set(rows)) <= 5 + 15 + 28
-    assert all(a - n < max(64, n) for n, a in enumerate(rows, 1))
-    assert rollout.graph_rows(17) == 32 and rollout.graph_rows(257) == 320
+    assert rollout.graph_rows(17) == 32
+    assert rollout.graph_rows(257) == 320
 
 
 def test_shapes_of_a_long_rollout_are_few(graphs, monkeypatch):
     """Rows that end one by one, over hundreds of places: rows in steps, places in steps of 256."""
     shapes = set()
     step = rollout.Decoder.step
-    monkeypatch.setattr(rollout.Decoder, "step",
-                        lambda self, n, length: (shapes.add((n, length)), step(self, n, length)))
+
+    def noted(self, n, length):
+        shapes.add((n, length))
+        return step(self, n, length)
+    monkeypatch.setattr(rollout.Decoder, "step", noted)
     generate(build(), some_prompts(100), 1, 300, seed=2, eos_ids=[3, 4])
     assert {length for _, length in shapes} <= {256, 320}
     assert len({n for n, _ in shapes}) <= 11  # 1 2 4 8 16 32 48 64 80 96 100
@@ -633,7 +650,8 @@ def test_shapes_of_a_long_rollout_are_few(graphs, monkeypatch):
 def attended(q, K, V):
     """q (H,h) over K, V (n,Hkv,h): (H,h)."""
     repeat = len(q) // K.shape[1]
-    K, V = [x.repeat_interleave(repeat, 1).transpose(0, 1) for x in (K, V)]  # (H,n,h)
+    K = K.repeat_interleave(repeat, 1).transpose(0, 1)  # (H,n,h)
+    V = V.repeat_interleave(repeat, 1).transpose(0, 1)
     scores = q[:, None] @ K.transpose(1, 2) * q.shape[-1] ** -0.5  # (H,1,n)
     return (scores.softmax(-1) @ V)[:, 0]
 
@@ -641,7 +659,8 @@ def attended(q, K, V):
 def fake_with_kvcache(q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, causal=False):
     """flash_attn_with_kvcache: appends k, v at cache_seqlens in place, then attends to
     cache_seqlens + 1 places."""
-    assert cache_seqlens.dtype == torch.int32 and q.shape[1] == 1 and len(k_cache) == len(q)
+    assert cache_seqlens.dtype == torch.int32
+    assert q.shape[1] == 1 and len(k_cache) == len(q)
     out = torch.empty_like(q)
     for b, n in enumerate(cache_seqlens.tolist()):
         k_cache[b, n] = k[b, 0]
@@ -655,9 +674,10 @@ def fake_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
                      window_size=(-1, -1), enable_gqa=False, seqused_k=None):
     """torch.nn.attention.varlen.varlen_attn from 2.12 on: sequence b's keys start at cu_seq_k[b],
     seqused_k[b] of them count."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32 and max_q == 1
-    assert key.is_contiguous() and cu_seq_k[-1] == len(key) and max_k == cu_seq_k[1]
-    assert cu_seq_q.tolist() == list(range(len(query) + 1)) and seqused_k.max() <= max_k
+    assert cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
+    assert max_q == 1 and cu_seq_q.tolist() == list(range(len(query) + 1))
+    assert max_k == cu_seq_k[1] and seqused_k.max() <= max_k
+    assert key.is_contiguous() and cu_seq_k[-1] == len(key)
     assert enable_gqa or query.shape[1] == key.shape[1]
     out = torch.empty_like(query)
     for b, n in enumerate(seqused_k.tolist()):
@@ -684,9 +704,12 @@ def test_the_kernel_is_one_that_can(monkeypatch):
         monkeypatch.setattr(rollout, "attention_kernel", lambda *_: packed)
         monkeypatch.setattr(torch, "__version__", TorchVersion(version))
         return rollout.decode_kernel("cuda", torch.bfloat16, head_dim)
-    assert chosen("sdpa") == "matmul" and chosen("flash-attn", "2.9.0+cu128") == "flash-attn"
-    assert chosen("torch varlen") == chosen("torch varlen", "2.12.0+cu130") == "torch varlen"
-    assert chosen("torch varlen", "2.11.1") == chosen("torch varlen", head_dim=12) == "matmul"
+    assert chosen("sdpa") == "matmul"
+    assert chosen("flash-attn", "2.9.0+cu128") == "flash-attn"
+    assert chosen("torch varlen") == "torch varlen"
+    assert chosen("torch varlen", "2.12.0+cu130") == "torch varlen"
+    assert chosen("torch varlen", "2.11.1") == "matmul"
+    assert chosen("torch varlen", head_dim=12) == "matmul"
 
 
 # ---- On a GPU ----
@@ -708,7 +731,8 @@ def test_gpu_decoding_kernel_against_float32(head_dim):
     float32 on the CPU."""
     model = build(head_dim=head_dim)
     on_gpu = build(head_dim=head_dim).to("cuda", torch.bfloat16)
-    assert gaps(model, generate(on_gpu, some_prompts(20), 4, 100, seed=3)).mean() < 0.05
+    rollouts = generate(on_gpu, some_prompts(20), 4, 100, seed=3)
+    assert gaps(model, rollouts).mean() < 0.05
 
 
 @pytest.mark.gpu
