@@ -27,13 +27,14 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def train(run: "Run") -> None:
         tokens = len(passes) * sum(r.length for minibatch in batches for r in minibatch)
         meter, norms = Meter(tokens), []
         if flags.old_logp == "trainer":
-            recompute_old_logp(run, rollouts, meter)
+            assign_old_logp(run, rollouts, meter)
         for extra in passes:
             for minibatch in batches:
                 norms.append(update(run, minibatch, extra, meter, first=not norms))
@@ -105,11 +106,11 @@ def train(run: "Run") -> None:
 # ---- Flags -------------------------------------------------------------------------------------
 
 def flag(default, text, **limits):
-    """A field of Flags. limits: least, most (of a number), choices."""
+    """A field of Flags. limits: least, most (of a number; usually 999,999), choices."""
     return field(default=default, metadata={"help": text, **limits})
 
 
-TEMPLATE_NAMES = ", ".join(["auto", *data.TEMPLATES])  # in Flags `data` is a field
+TEMPLATES = ("auto", *data.TEMPLATES)  # in Flags `data` is a field
 
 
 @dataclass
@@ -117,7 +118,8 @@ class Flags:
     """Every flag is a field. The defaults are the laptop run."""
     loss: str = flag("acpo", "objective, by its name in losses.py")
     loss_args: tuple = flag((), "its hyper-parameters, as alpha=2 eps=0.1")
-    advantage: str = flag("", f"{', '.join(losses.ADVANTAGES)} (default: the objective's own)")
+    advantage: str = flag("", f"{', '.join(losses.ADVANTAGES)} (default: the objective's own)",
+                          choices=("", *losses.ADVANTAGES))
     agg: str = flag("", f"{', '.join(losses.AGGREGATIONS)} (default: the objective's own)")
     acpo_stats: str = flag("batch", "statistics of acpo, or of your objective: over the mini-batch "
                            "of all ranks, or micro (official code)", choices=("batch", "micro"))
@@ -126,7 +128,7 @@ class Flags:
     data: str = flag("chainsum", "procedural task, hub dataset, rg:NAME or a local file")
     data_args: tuple = flag((), "configuration of an rg: task, as size=4")
     eval_data: str = flag("", "held-out problems (default: the test split of --data)")
-    template: str = flag("auto", TEMPLATE_NAMES)
+    template: str = flag("auto", ", ".join(TEMPLATES), choices=TEMPLATES)
     template_args: tuple = flag((), "for chat templates, as enable_thinking=false")
     tool: str = flag("", "what the policy may call: none, facts (of hops, whose default it is) or "
                      "search", choices=("", *tools.KINDS))
@@ -135,9 +137,9 @@ class Flags:
     turns: int = flag(10, "most turns of a policy with a tool; a reply stands between two")
     turn_tokens: int = flag(0, "longest turn (0: what is left of the response, replies included)")
 
-    steps: int = flag(60, "rollouts, each followed by --updates gradient steps", most=999_999)
-    prompts: int = flag(32, "questions per step", most=2**20)
-    samples: int = flag(16, "responses per question: the group", most=2**20)
+    steps: int = flag(60, "rollouts, each followed by --updates gradient steps")
+    prompts: int = flag(32, "questions per step")
+    samples: int = flag(16, "responses per question: the group")
     updates: int = flag(4, "gradient steps per pass, each on a mini-batch of its own")
     minibatch: str = flag("", "of whole groups, or of the same number of samples of every group "
                           "(default: the objective's own)", choices=("", "groups", "samples"))
@@ -148,8 +150,7 @@ class Flags:
                                "demonstration)")
     max_tokens: int = flag(0, "longest prompt + response: a long prompt shortens its responses "
                            "(0: no such limit)")
-    temperature: float = flag(1.0, "of sampling, and of the trained log-probs",
-                              least=1e-3)
+    temperature: float = flag(1.0, "of sampling, and of the trained log-probs", least=1e-3)
     dynamic_sampling: int = flag(0, "DAPO: up to so many more rollouts a step, to replace groups "
                                  "whose scores are all equal")
     overlong_buffer: int = flag(0, "DAPO: the last so many tokens cost reward, 1 in all")
@@ -163,17 +164,14 @@ class Flags:
                            "pi_sampler; with --old_logp trainer")
     correction_args: tuple = flag((), "its bounds, as high=3")
 
-    lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B",
-                     least=1e-12)
-    beta2: float = flag(0.95, "of Adam; verl's, and so ACPO's, is 0.999",
-                        most=0.999999)
+    lr: float = flag(3e-4, "learning rate; 1e-6 is usual for 3B to 7B", least=1e-12)
+    beta2: float = flag(0.95, "of Adam; verl's, and so ACPO's, is 0.999", most=0.999999)
     warmup: int = flag(0, "steps of linear warm-up; then the rate is constant")
-    weight_decay: float = flag(0.01, "of matrices; norms and biases have none",
-                               most=1)
+    weight_decay: float = flag(0.01, "of matrices; norms and biases have none", most=1)
     clip_norm: float = flag(1.0, "largest gradient norm (0: any)")
     kl_beta: float = flag(0.0, "weight of a k3 KL penalty to the initial model")
     lora: int = flag(0, "rank of LoRA adapters on all matrices of the blocks, which alone are "
-                     "trained (0: all weights are)", most=1024)
+                     "trained (0: all weights are)")
     lora_alpha: int = flag(32, "LoRA's B A counts lora_alpha / lora times")
     tokens_per_microbatch: int = flag(0, "packed tokens per forward pass: lower it when memory "
                                       "runs out (0: 16384 on CUDA, 4096 on CPU)")
@@ -182,29 +180,28 @@ class Flags:
     offload: bool = flag(False, "keep weights, gradients and Adam states in CPU memory")
     shards_per_replica: int = flag(0, "HSDP: ranks that share one copy of the weights, as the 8 "
                                    "of a node (0: all)")
-    kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: 60 %% of the free GPU memory, "
-                          "2 GiB on CPU)")
+    kv_tokens: int = flag(0, "tokens a rank's KV cache may hold (0: most of the free GPU memory, "
+                          "some GiB on a CPU)", most=10**12)
 
-    width: int = flag(64, "hidden size of the new small model", most=2**14)
-    layers: int = flag(2, "layers of the new small model", most=2**10)
+    width: int = flag(64, "hidden size of the new small model")
+    layers: int = flag(2, "layers of the new small model")
     skill_steps: int = flag(300, "warm start: steps on demonstrations that work things out "
-                            "(0: no warm start at all)", least=0, most=10**5)
-    habit_steps: int = flag(60, "warm start: steps on demonstrations that guess", least=0,
-                            most=10**5)
+                            "(0: no warm start at all)", least=0)
+    habit_steps: int = flag(60, "warm start: steps on demonstrations that guess", least=0)
 
-    seed: int = flag(0, "of data order, sampling and the new model", most=2**20)
+    seed: int = flag(0, "of data order, sampling and the new model")
     out: str = flag("", "run directory (default: runs/default, or the next free runs/default-N)")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint")
     resume_from: str = flag("", "with --resume: from this checkpoint instead, as step-000100")
     eval_every: int = flag(10, "steps between held-out evaluations")
-    eval_problems: int = flag(512, "held-out problems, one sampled response each", most=2**20)
+    eval_problems: int = flag(512, "held-out problems, one sampled response each")
     track: str = flag("", "show the run in wandb, trackio or tensorboard, too",
                       choices=("", "wandb", "trackio", "tensorboard"))
     save_every: int = flag(50, "steps between checkpoints; the last is always saved")
     keep: int = flag(2, "newest checkpoints kept")
     threads: int = flag(1, "CPU threads: more than are free is far slower than one", most=2**10)
     timeout: int = flag(20, "minutes until a rank that hangs ends the others; longer than the "
-                        "longest rollout", most=10**6)
+                        "longest rollout")
 
     def hyperparameters(self) -> dict:
         return data.parse_args(self.loss_args, "--loss_args")
@@ -375,9 +372,10 @@ def minibatches(rollouts, flags) -> list[list[Rollout]]:
     """At most K lists, of whole groups or, by samples, of some samples of every group: the first of
     each, then the second of each. With more updates than groups (or samples), of responses."""
     size = flags.samples
-    if by_samples(flags):
+    if (flags.minibatch or losses.OBJECTIVES[flags.loss].minibatch) == "samples":
         rollouts = [rollout for j in range(size) for rollout in rollouts[j::size]]
-    units = groups_of(rollouts, flags.prompts if by_samples(flags) else size)
+        size = flags.prompts
+    units = groups_of(rollouts, size)
     if flags.updates > len(units):
         units = groups_of(rollouts, 1)
     borders = [round(k * len(units) / flags.updates) for k in range(flags.updates + 1)]
@@ -389,10 +387,6 @@ def minibatches(rollouts, flags) -> list[list[Rollout]]:
         if batch:
             batches.append(batch)
     return batches
-
-
-def by_samples(flags) -> bool:
-    return (flags.minibatch or losses.OBJECTIVES[flags.loss].minibatch) == "samples"
 
 
 def update(run, minibatch, extra, meter, first=False) -> float:
@@ -539,7 +533,7 @@ def statistics(run, objective, parts, hyper, same) -> Tensor:
 
 
 @torch.no_grad()
-def recompute_old_logp(run, rollouts, meter) -> None:
+def assign_old_logp(run, rollouts, meter) -> None:
     """Sets .old_logp to the trainer's own log-probs, on every rank; .logp stays the sampler's."""
     mine = []
     numbered = {id(rollout): i for i, rollout in enumerate(rollouts)}
@@ -568,8 +562,8 @@ class Meter:
 
     def __init__(self, total=0):
         self.total, self.progress = total, Progress()  # tokens of all updates of the step
-        self.sums = defaultdict(float)
-        self.worst = 0.0  # largest difference of a log-prob between sampler and trainer
+        self.sums = Counter()
+        self.log_rho = [torch.zeros(0)]  # rho: the trainer's probability of a token / the sampler's
 
     def add(self, metrics: dict[str, Tensor], tokens: int) -> None:
         values = torch.stack([v.double() for v in metrics.values()]).tolist()  # waits once
@@ -581,32 +575,27 @@ class Meter:
             self.progress.show(done / self.total, f"updates: {done:,.0f} of {self.total:,} tokens")
 
     def compare(self, sampler_logp, trainer_logp) -> None:
-        """Sampler against trainer before anything is updated or clipped, by rho, the ratio of
-        their probabilities: k3 KL, what the effective sample size needs, and the worst token."""
-        log_rho = (trainer_logp.detach() - sampler_logp).double()
-        self.sums["sampler_kl"] += (log_rho.expm1() - log_rho).sum().item()
-        self.sums["rho"] += log_rho.exp().sum().item()
-        self.sums["rho_sq"] += (2 * log_rho).exp().sum().item()
-        self.sums["compared"] += len(log_rho)
-        if len(log_rho):
-            self.worst = max(self.worst, log_rho.abs().max().item())
+        """Sampler against trainer, before anything is updated or clipped."""
+        self.log_rho.append((trainer_logp.detach() - sampler_logp).double().cpu())
 
     def means(self) -> dict[str, float]:
         """Over all ranks, which must all call it."""
-        meters = gather([self])
-        sums = {name: 0.0 for meter in meters for name in meter.sums}
-        for name in sums:
-            sums[name] = sum(meter.sums[name] for meter in meters)
-        compared, tokens = sums.pop("compared", 0), sums.pop("tokens", 0)
-        sampler_kl = sums.pop("sampler_kl", 0.0) / max(1, compared)
-        rho, rho_sq = sums.pop("rho", 0.0), sums.pop("rho_sq", 0.0)
-        share = rho**2 / (rho_sq * compared) if rho_sq else 1.0  # effective sample size
+        sums, log_rho = Counter(), []
+        for meter in gather([self]):
+            sums.update(meter.sums)  # adds
+            log_rho += meter.log_rho
+        tokens = sums.pop("tokens", 0)
         means = {name: value / tokens for name, value in sums.items()}
         if means:
             variance = means.pop("ratio_sq") - (means["ratio_mean"] - 1)**2
             means["ratio_std"] = math.sqrt(max(0.0, variance))
-        worst = max(meter.worst for meter in meters)
-        return means | {"sampler_kl": sampler_kl, "sampler_max": worst, "sampler_ess": share}
+        log_rho = torch.cat(log_rho)
+        if not len(log_rho):
+            log_rho = torch.zeros(1)  # nothing was compared: no difference
+        k3, rho = log_rho.expm1() - log_rho, log_rho.exp()
+        return means | {
+            "sampler_kl": k3.mean().item(), "sampler_max": log_rho.abs().max().item(),
+            "sampler_ess": (rho.mean()**2 / rho.square().mean()).item()}  # effective sample size
 
 
 def gradient_norms(norms) -> dict:
@@ -618,18 +607,13 @@ def describe(rollouts, flags) -> dict:
     """Metrics of everything that was sampled in a step."""
     groups = groups_of(rollouts, flags.samples)
     shares = {status: mean(r.status == status for r in rollouts) for status in STATUSES}
-    return shares | {
-        "reward": mean(r.score for r in rollouts), "length": mean(r.length for r in rollouts),
+    counts = {name: mean(getattr(r, name) for r in rollouts)
+              for name in ("length", "calls", "failed_calls")}
+    return shares | counts | {
+        "reward": mean(r.score for r in rollouts),
         "truncated": mean(not r.finished for r in rollouts),
-        "calls": mean(r.calls for r in rollouts),
-        "failed_calls": mean(r.failed_calls for r in rollouts),
         "zero_groups": mean(len({r.score for r in group}) == 1 for group in groups),
         "refills": len(groups) - flags.prompts}
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 class Log:
@@ -645,7 +629,8 @@ class Log:
                         disable=self.quiet or not MAIN)
 
     def write(self, metrics) -> None:
-        metrics = {k: v if is_finite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        # JSON has no NaN; None, what was not measured, stays.
+        metrics = {k: v if math.isfinite(v or 0) else None for k, v in metrics.items()}
         self.history.append(metrics)
         if MAIN:
             with naming(self.path), open(self.path, "a") as file:
@@ -729,11 +714,7 @@ def naming(path):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise OSError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
-
-
-def is_finite(value) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+        raise OSError(f"{path}: cannot be written ({e})") from None
 
 
 def give_up_on_nan(run) -> None:
@@ -773,26 +754,24 @@ def save(run) -> None:
     """out/step-000120: a Hugging Face checkpoint, and in resume/ what else it takes to go on. Each
     file is flushed to the disk before the directory gets its name, and `latest` is written last:
     after a kill or a power cut, `latest` names a checkpoint that is whole."""
-    with naming(run.out / f"step-{run.step:06d}"):
-        write_checkpoint(run, f"step-{run.step:06d}")
-    barrier()
-
-
-def write_checkpoint(run, name) -> None:
+    name = f"step-{run.step:06d}"
     aside = run.out / f".{name}"
-    run.model.save_pretrained(aside, compute_dtype(), write=MAIN)
-    if MAIN:
-        (aside / "resume").mkdir()
-    write_tensors(aside / "resume", trained_state(run), torch.float32, write=MAIN)
-    if MAIN:
-        flush(run.log.path)  # no checkpoint without the metrics of its steps
-        state = {"step": run.step, "position": run.position}
-        write_text(aside / "resume/state.json", json.dumps(state))
-        write_text(aside / "resume/checksums.json", json.dumps(checksums(aside), indent=1))
-        replace_directory(aside, run.out / name)
-        write_text(run.out / "latest", name)
-        for old in checkpoints(run.out, until=run.step)[:-run.flags.keep]:
-            shutil.rmtree(old)
+    with naming(run.out / name):
+        run.model.save_pretrained(aside, compute_dtype(), write=MAIN)
+        if MAIN:
+            (aside / "resume").mkdir()
+        write_tensors(aside / "resume", trained_state(run), torch.float32, write=MAIN)
+        if MAIN:
+            flush(run.log.path)  # no checkpoint without the metrics of its steps
+            state = {"step": run.step, "position": run.position}
+            write_text(aside / "resume/state.json", json.dumps(state))
+            write_text(aside / "resume/checksums.json", json.dumps(checksums(aside), indent=1))
+            replace_directory(aside, run.out / name)
+            write_text(run.out / "latest", name)
+            known = [p for p in checkpoints(run.out) if p.name <= name]
+            for old in known[:-run.flags.keep]:
+                shutil.rmtree(old)
+    barrier()
 
 
 def restore(run, checkpoint) -> None:
@@ -803,11 +782,7 @@ def restore(run, checkpoint) -> None:
     if step != int(checkpoint.name[5:]) or type(position) is not int or position < 0:
         raise ValueError(f"--resume: {checkpoint}/resume/state.json has not the numbers of this "
                          "checkpoint; choose another with --resume_from")
-    files = [p for p in (checkpoint / "resume").glob("*.safetensors") if p.is_file()]
-    try:
-        read_tensors(sorted(files), trained_state(run))
-    except ValueError as e:
-        raise ValueError(f"--resume: {e}") from None
+    read_tensors(sorted((checkpoint / "resume").glob("*.safetensors")), trained_state(run))
     run.step, run.position = step, position
 
 
@@ -828,12 +803,11 @@ def trained_state(run) -> dict[str, Tensor]:
     return state
 
 
-def checkpoints(out, until=10**6) -> list[Path]:
-    """The checkpoints of run `out` up to step `until`, oldest first. Directories of any other name
-    are somebody else's, and never touched."""
-    found = [p for p in out.glob("step-*") if re.fullmatch(r"step-\d{6}", p.name)]
-    found = [p for p in found if (p / "resume").is_dir() and not p.is_symlink()]
-    return sorted(p for p in found if int(p.name[5:]) <= until)
+def checkpoints(out) -> list[Path]:
+    """The checkpoints of run `out`, oldest first. Directories of any other name are somebody
+    else's, and never touched."""
+    found = sorted(out.glob("step-" + 6 * "[0-9]"))
+    return [p for p in found if (p / "resume").is_dir() and not p.is_symlink()]
 
 
 def checkpoint_to_resume(out, wanted) -> Path | None:
@@ -847,9 +821,8 @@ def checkpoint_to_resume(out, wanted) -> Path | None:
     if not name:
         return None
     if out / name not in found:
-        raise ValueError(f"--resume: {out / name} is no checkpoint of this run; there "
-                         f"{'are ' + ', '.join(p.name for p in found) if found else 'is none'}; "
-                         "choose with --resume_from")
+        raise ValueError(f"--resume: {out / name} is no checkpoint of this run, which has "
+                         f"{', '.join(p.name for p in found) or 'none'}; choose with --resume_from")
     if broken := damaged(out / name):
         whole = [p.name for p in found if p.name != name and not damaged(p)]
         advice = f"go back with --resume_from {whole[-1]}" if whole else "no other one is whole"
@@ -861,30 +834,23 @@ def history_until(out, step) -> list[dict]:
     """The metrics up to `step`; the lines after it, of steps that will be made again, leave the
     file. The evaluation that was only made because a shorter run ended at `step` goes too."""
     path, every = out / "metrics.jsonl", read_json(out / "config.json").get("eval_every", 1)
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    written = text.splitlines()[:step]
-    lines = [metrics_of(line) for line in written]
+    written = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = []
     for number in range(1, step + 1):
-        if number > len(lines) or lines[number - 1].get("step") != number:
+        try:
+            metrics = json.loads(written[number - 1])
+            values = [metrics[name] for name in METRICS]
+            sane = metrics["step"] == number and all(v is None or abs(v) < 1e30 for v in values)
+        except (LookupError, TypeError, ValueError, RecursionError):
+            sane = False
+        if not sane:
             raise ValueError(f"--resume: {path} line {number} is not what step {number} wrote; put "
                              f"it back, or start a new run with --model {out}")
+        lines.append(metrics)
     if step > 1 and step % int(every):
         lines[-1]["eval"] = None
     write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
     return lines
-
-
-def metrics_of(line) -> dict:
-    """What a line of metrics.jsonl says: numbers of a sane size and nulls; {} for anything else."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict) or not found.keys() >= set(METRICS):
-        return {}
-    values = [value for value in found.values() if value is not None]
-    sane = all(type(v) in (int, float) and -1e30 < v < 1e30 for v in values)
-    return found if sane else {}
 
 
 # ---- Setting up --------------------------------------------------------------------------------
@@ -976,64 +942,53 @@ def memory_plan(run) -> str:
 
 def open_run(flags) -> Path:
     """The run directory, locked. A new run never takes one that holds a run already."""
-    number = 1
+    out, number = Path(flags.out or "runs/default"), 1
     while True:
-        out = Path(flags.out or ("runs/default" if number == 1 else f"runs/default-{number}"))
         try:
             lock(out, new=not flags.resume)
             return out
-        except (BlockingIOError, FileExistsError):  # in use, or being set up just now
+        except (BlockingIOError, FileExistsError):  # in use, or holds a run
             if flags.out:
                 raise
         number += 1
+        out = Path(f"runs/default-{number}")
 
 
-LOCKS = []  # open files: a lock goes with its process, however that ends
+RUN_FILES = ("config.json", "metrics.jsonl", "latest")
 LEFT_BY_KILLED_RUNS = r"\.+(step-\d{6}|curves|latest|config|metrics)(\..*)?"
+LOCKS = []  # open files: a lock goes with its process, however that ends
 
 
 def lock(out, new) -> None:
     """Claim directory `out` for this process. Raises BlockingIOError where another one has it, and
     FileExistsError where a new run finds a run."""
-    refuse_taken(out, new)
-    try:
+    with naming(out):
         missing = [p for p in (out, *out.parents) if not p.exists()]
         out.mkdir(parents=True, exist_ok=True)
         for directory in missing:  # a power cut must not take the directory of a flushed checkpoint
             flush(directory.parent)
-        file = open_lock(out / ".lock")
-    except BlockingIOError as e:
-        raise BlockingIOError(f"--out {out}: {e}; wait for it, or choose another "
-                              "directory") from None
-    except OSError as e:
-        raise ValueError(f"--out {out}: cannot write there ({e.strerror})") from None
-    refuse_taken(out, new)  # again: another run may have come and gone since
+    file = open_lock(out / ".lock")
+    if new and (checkpoints(out) or any(os.path.lexists(out / name) for name in RUN_FILES)):
+        raise FileExistsError(f"--out {out} holds a run already: choose another directory, or "
+                              "continue it with --resume")
     LOCKS.append(file)
     for left in out.iterdir():
         if re.fullmatch(LEFT_BY_KILLED_RUNS, left.name):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def refuse_taken(out, new) -> None:
-    taken = any(os.path.lexists(out / name) for name in ("config.json", "metrics.jsonl", "latest"))
-    if new and (taken or checkpoints(out)):
-        raise FileExistsError(f"--out {out} holds a run already: choose another directory, or "
-                              "continue it with --resume")
-
-
 def open_lock(path, wait=False):
     """A file that no other process has locked while this one keeps it open; it says who that is."""
     nofollow = getattr(os, "O_NOFOLLOW", 0)  # a link planted there would empty another file
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | nofollow, 0o644), "r+")
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT | nofollow, 0o644), "r+")
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except ImportError:  # Windows: no lock
         pass
     except BlockingIOError:
-        raise BlockingIOError(f"process {file.read(20).strip()} is at work there") from None
-    if not os.fstat(file.fileno()).st_nlink:  # removed by the one before, as its start failed
-        raise BlockingIOError("another process was at work there")
+        raise BlockingIOError(f"--out {path.parent}: process {file.read(20).strip()} is at work "
+                              "there; wait for it, or choose another directory") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -1161,33 +1116,31 @@ def make_small_model(path, config, tokenizer, flags) -> None:
 def warm_start(model, tokenizer, flags) -> None:
     """Maximum likelihood on demonstrations: first of the skill, then of the lazy habit."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    phases = {"skill": flags.skill_steps, "habit": flags.habit_steps}
-    with tqdm(total=sum(phases.values()), desc="warm start on demonstrations", mininterval=0.5,
-              disable=not sys.stderr.isatty()) as bar:
-        for phase, steps in phases.items():
-            demos = data.demos(flags.data, 128 * steps, phase, flags.seed)
-            for step, some in enumerate(groups_of(demos, 128)):
-                optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / steps))
-                prompts = tokenizer([prompt for prompt, _ in some]).input_ids
-                # Of a list, the odd parts are a tool's: context, not to be learnt.
-                parts = [[r] if isinstance(r, str) else r for _, r in some]
-                answers = tokenizer(["".join(response) for response in parts]).input_ids
-                drawn = [[i % 2 == 0 for i, part in enumerate(response) for _ in part]
-                         for response in parts]  # a token is a character
-                sequences = [p + r for p, r in zip(prompts, answers)]
-                logp, _, _ = model(*pack(sequences, [len(p) for p in prompts], DEVICE, drawn))
-                (-logp.mean()).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.set_postfix(phase=phase, nll=f"{-logp.mean().item():.3f}", refresh=False)
-                bar.update()
+    for phase, steps in (("skill", flags.skill_steps), ("habit", flags.habit_steps)):
+        demos, progress = data.demos(flags.data, 128 * steps, phase, flags.seed), Progress()
+        for step, some in enumerate(groups_of(demos, 128)):
+            optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 + math.cos(math.pi * step / steps))
+            prompts = tokenizer([prompt for prompt, _ in some]).input_ids
+            # Of a list, the odd parts are a tool's: context, not to be learnt.
+            parts = [[r] if isinstance(r, str) else r for _, r in some]
+            answers = tokenizer(["".join(response) for response in parts]).input_ids
+            drawn = [[i % 2 == 0 for i, part in enumerate(response) for _ in part]
+                     for response in parts]  # a token is a character
+            sequences = [p + r for p, r in zip(prompts, answers)]
+            logp, _, _ = model(*pack(sequences, [len(p) for p in prompts], DEVICE, drawn))
+            loss = -logp.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.show(step / steps, f"warm start, {phase}: step {step} of {steps}, "
+                          f"loss {loss.item():.3f}")
 
 
 # ---- Ranks and signals -------------------------------------------------------------------------
 
 HOST = None  # the group in which the ranks' Python sides meet
-PATIENCE = timedelta(minutes=20)  # for a rank that does not come; --timeout
+PATIENCE = None  # for a rank that does not come: --timeout
 
 
 def start_ranks(flags) -> None:
@@ -1222,7 +1175,6 @@ class StopSignal:
     """SIGINT, SIGTERM or SIGHUP: .told, and the loop ends after this step and saves. Another one,
     a second later or more, ends the process at once (launchers pass one and the same on twice). A
     thread reads them, because Python's handlers do not run while a rank waits for another."""
-    SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
     def __init__(self):
         self.told = False
@@ -1230,23 +1182,22 @@ class StopSignal:
     def __enter__(self):
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        heard = [s for s in self.SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # as by nohup
-        self.before = {s: signal.signal(s, self.nothing) for s in heard}
+        ends = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        heard = [s for s in ends if signal.getsignal(s) != signal.SIG_IGN]  # as by nohup
+        # The handler does nothing: the thread does the work.
+        self.before = {s: signal.signal(s, lambda *_: None) for s in heard}
         signal.set_wakeup_fd(self.writer)  # a byte for each signal, written at once
         threading.Thread(target=self.wait, daemon=True).start()
         return self
 
-    def nothing(self, *_) -> None:
-        """The handler: the thread does the work."""
-
     def wait(self) -> None:
-        first = math.inf
+        first = None
         while os.read(self.reader, 1):  # nothing once the writer is closed
+            first = first or time.time()
+            self.told = True
             if time.time() - first > 1:
                 os.write(2, b"train.py: ended by a second signal; what was saved is whole\n")
                 os._exit(1)
-            first = min(first, time.time())
-            self.told = True
 
     def __exit__(self, *_):
         signal.set_wakeup_fd(-1)
@@ -1304,15 +1255,15 @@ def complain(message):
 
 def reader(f) -> dict:
     """How argparse reads a flag of this type."""
+    if f.type is str:
+        return {}
     if f.type is tuple:
-        return {"type": str, "nargs": "*"}
+        return {"nargs": "*"}
     if f.type is bool:
         return {"type": truth, "nargs": "?", "const": True}
-    if f.type is str:
-        return {"type": str}
     # A count that is not 0 by default cannot be 0.
     least = f.metadata.get("least", int(f.type is int and f.default > 0))
-    most = f.metadata.get("most", 10**12)
+    most = f.metadata.get("most", 999_999)  # a step has six digits in its checkpoint's name
 
     def number(text):
         value = f.type(text)
@@ -1323,9 +1274,7 @@ def reader(f) -> dict:
 
 
 def truth(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither True nor False")
-    return text.lower() == "true"
+    return ("false", "true").index(text.lower()) == 1  # anything else is a ValueError
 
 
 def flags_of_run(out) -> list[str]:
@@ -1336,9 +1285,10 @@ def flags_of_run(out) -> list[str]:
         raise ValueError(f"--resume: there is no {out / 'config.json'}, so no run to continue")
     saved, argv = read_json(out / "config.json") | {"out": str(out), "resume": True}, []
     for f in dataclasses.fields(Flags):
-        value = saved.get(f.name, f.default)
-        several = f.type is tuple and isinstance(value, (list, tuple))
-        argv += [f"--{f.name}", *(map(str, value) if several else [str(value)])]
+        if f.name in saved:
+            value = saved[f.name]
+            values = value if f.type is tuple and isinstance(value, list) else [value]
+            argv += [f"--{f.name}", *map(str, values)]
     return argv
 
 
@@ -1368,27 +1318,6 @@ def check(flags) -> None:
         raise ValueError("--offload: one process on a CPU has nothing to offload from")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: needs a package; pip install {flags.track}")
-    data.check(flags.template, ("auto", *data.TEMPLATES), "template")
-    one, logp = torch.ones(1, 1), torch.zeros(1, 1, requires_grad=True)
-    losses.advantages(one[0], 1, flags.advantage or "grpo", one[0])
-    with usable("--loss_args", flags.loss_args, flags.loss):
-        losses.policy_loss(flags.loss, logp, -one, one[0], one, agg=flags.agg or None, entropy=one,
-                           sum_p2=one, pass_rate=one[0], max_len=1, **flags.hyperparameters())
-    check_correction(flags)
-
-
-@contextmanager
-def usable(flag, typed, name):
-    """losses.py itself says what it cannot use: a trial decides."""
-    try:
-        yield
-    except (TypeError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"{flag} {' '.join(typed)}: {name} cannot use that "
-                         f"({data.first_line(e)})") from None
-
-
-def check_correction(flags) -> None:
-    """Of a sampler that is not the trainer."""
     if rollout_dtype(flags) != compute_dtype() and (WORLD > 1 or DEVICE.type == "cuda"):
         raise ValueError(f"--rollout_dtype {flags.rollout_dtype}: sharded weights are sampled from "
                          f"as they are gathered, in {str(compute_dtype())[6:]}; only one process "
@@ -1396,13 +1325,24 @@ def check_correction(flags) -> None:
     if flags.correction_args and not flags.correction:
         raise ValueError(f"--correction_args {' '.join(flags.correction_args)}: of which "
                          "--correction?")
-    one = torch.ones(1, 1)
-    with usable("--correction_args", flags.correction_args, flags.correction):
-        losses.policy_loss("gpg", -one, -one, one[0], one, sampler_logp=-one,
-                           correction=flags.correction or None, correction_args=flags.bounds())
+    try_loss(flags)
     if flags.correction not in ("", "opsm") and flags.old_logp == "sampler":
         raise ValueError(f"--correction {flags.correction}: the ratio is to the sampler already, "
                          "and nothing is left to correct; add --old_logp trainer")
+
+
+def try_loss(flags) -> None:
+    """losses.py itself says what it cannot use."""
+    one, logp = torch.ones(1, 1), torch.zeros(1, 1, requires_grad=True)
+    hyper, bounds = flags.hyperparameters(), flags.bounds()
+    try:
+        losses.policy_loss(flags.loss, logp, -one, one[0], one, agg=flags.agg or None, entropy=one,
+                           sum_p2=one, pass_rate=one[0], max_len=1, sampler_logp=-one,
+                           correction=flags.correction or None, correction_args=bounds, **hyper)
+    except (TypeError, ArithmeticError, RuntimeError) as e:
+        typed = ["--loss_args", *flags.loss_args, "--correction_args", *flags.correction_args]
+        raise ValueError(f"{' '.join(typed)}: {flags.loss} cannot use that "
+                         f"({data.first_line(e)})") from None
 
 
 def fill_in(flags) -> None:
@@ -1421,8 +1361,7 @@ def fill_in(flags) -> None:
 
 def main() -> None:
     sys.stdout, sys.stderr = Pipe(sys.stdout), Pipe(sys.stderr)
-    torch.set_num_threads(1)
-    flags = None
+    run = None
     try:
         flags = parse(sys.argv[1:])
         torch.set_num_threads(flags.threads)
@@ -1433,43 +1372,34 @@ def main() -> None:
         run.log.close()
         if MAIN:
             say_goodbye(run)
-    except (ValueError, OSError, SafetensorError) as e:
-        sys.exit(fail(str(e) or type(e).__name__, flags))
-    except torch.OutOfMemoryError as e:
-        sys.exit(fail(f"out of GPU memory ({str(e).splitlines()[0]}); lower "
-                      "--tokens_per_microbatch or --kv_tokens, add --recompute", flags))
-    except RuntimeError as e:  # most often a collective whose other side is gone
-        traceback.print_exc()
-        sys.exit(fail((str(e) or type(e).__name__).splitlines()[0], flags))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", flags))
+    except (ValueError, OSError, SafetensorError, RuntimeError, KeyboardInterrupt) as e:
+        sys.exit(last_words(e, run))
     finally:
-        for file in LOCKS:
-            file.close()
-        LOCKS.clear()
+        while LOCKS:
+            LOCKS.pop().close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def say_goodbye(run) -> None:
     evals, out = run.log.evals(), run.out
-    if not run.log.history[-1]["step"] == run.flags.steps:
+    if run.step < run.flags.steps:
         print(f"stopped; go on with: python train.py --out {out} --resume")
     print(f"held-out accuracy {evals[0]:.2f} -> {evals[-1]:.2f} after {run.step} steps. {out}: "
           f"curves.png, metrics.jsonl, step-{run.step:06d}. Score it: python eval.py {out}")
 
 
-def fail(why, flags=None) -> str:
-    """The last line of a run that failed. A new one without a step leaves no directory."""
-    if LOCKS and (Path(flags.out) / "latest").is_file() and "--resume" not in why:
-        why += f"; what was saved is whole: go on with --resume --out {flags.out}"
-    elif LOCKS and not flags.resume:
-        with suppress(OSError):
-            if not (Path(flags.out) / "metrics.jsonl").exists():
-                (Path(flags.out) / "config.json").unlink()
-        with suppress(OSError):
-            (Path(flags.out) / ".lock").unlink()
-            Path(flags.out).rmdir()  # fails if there is something in it
+def last_words(error, run) -> str:
+    """The last line of a run that failed."""
+    why = str(error) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        why = (f"out of GPU memory ({data.first_line(error)}); lower --tokens_per_microbatch or "
+               "--kv_tokens, add --recompute")
+    elif isinstance(error, RuntimeError):  # most often a collective whose other side is gone
+        traceback.print_exception(error)
+        why = data.first_line(error)
+    if run:  # it has begun
+        why += f"; what was saved is whole: go on with --resume --out {run.out}"
     why = "".join(c if c.isprintable() else " " for c in why)  # a stranger's file may hold escapes
     return f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why:.2000}"
 
