@@ -395,7 +395,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
     the rollout. Returns the gradient norm; where it is not finite, the step was skipped."""
     flags, objective = run.flags, losses.OBJECTIVES[run.flags.loss]
     hyper = flags.hyperparameters() | extra
-    parts = microbatches(minibatch, flags.tokens_per_microbatch)
+    mine = microbatches(minibatch, flags.tokens_per_microbatch)[RANK::WORLD]
     barrier()
     # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
     totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
@@ -404,9 +404,8 @@ def update(run, minibatch, extra, meter, first=False) -> float:
     if objective.statistics and flags.acpo_stats == "batch":
         # pi_old is still the policy, but for a sampler in another dtype
         same = first and (flags.old_logp == "trainer" or rollout_dtype(flags) == compute_dtype())
-        totals["statistics"] = statistics(run, objective, parts, hyper, same)
+        totals["statistics"] = statistics(run, objective, mine, hyper, same)
 
-    mine = parts[RANK::WORLD]
     for micro in mine:
         if flags.shards_per_replica:  # HSDP: the replicas' gradients meet once, at the end
             run.model.set_requires_all_reduce(micro is mine[-1])
@@ -420,7 +419,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
         if not micro:  # an empty bin: under FSDP, this rank too must take part in every pass
             tokens.logp.sum().backward()
             continue
-        sampler_logp = padded(tokens.mask, [r.own(r.logp) for r in micro])
+        sampler_logp = padded(tokens.mask, joined([r.own(r.logp) for r in micro]))
         loss, metrics = losses.policy_loss(
             flags.loss, tokens.logp, tokens.old_logp, per_rollout(micro, "advantage"), tokens.mask,
             agg=flags.agg or None, entropy=tokens.entropy, sum_p2=tokens.sum_p2,
@@ -432,7 +431,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
         metrics["entropy"] = tokens.entropy[tokens.mask].mean()
         meter.add(metrics, int(tokens.mask.sum()))
         if first and flags.old_logp == "sampler":
-            meter.compare(tokens.old_logp[tokens.mask], tokens.logp[tokens.mask])
+            meter.compare(tokens)
     return step_optimizer(run)
 
 
@@ -494,8 +493,7 @@ def token_stats(model, rollouts, flags) -> TokenStats:
     prompt_lens = [r.prompt_len for r in rollouts]
     drawn = [r.drawn for r in rollouts]
     now = model(*pack(sequences, prompt_lens, DEVICE, drawn), flags.temperature)
-    empty = [torch.zeros(mask.shape, device=DEVICE, dtype=t.dtype) for t in now]
-    return TokenStats(mask, old_logp, *(e.masked_scatter(mask, t) for e, t in zip(empty, now)))
+    return TokenStats(mask, old_logp, *(padded(mask, t) for t in now))
 
 
 def recorded(rollouts) -> tuple[Tensor, Tensor]:
@@ -504,13 +502,16 @@ def recorded(rollouts) -> tuple[Tensor, Tensor]:
     longest = max((r.length for r in rollouts), default=1)
     mask = torch.arange(longest, device=DEVICE) < lengths[:, None]
     # old_logp is there where the trainer computed it again: --old_logp trainer
-    return mask, padded(mask, [r.old_logp or r.own(r.logp) for r in rollouts])
+    return mask, padded(mask, joined([r.old_logp or r.own(r.logp) for r in rollouts]))
 
 
-def padded(mask, rows) -> Tensor:
-    """The numbers of each row at the places of its mask, 0 elsewhere: (B,T)."""
-    flat = torch.tensor([x for row in rows for x in row], device=DEVICE, dtype=torch.float32)
-    return torch.zeros(mask.shape, device=DEVICE).masked_scatter(mask, flat)
+def joined(rows) -> Tensor:
+    return torch.tensor([x for row in rows for x in row], device=DEVICE, dtype=torch.float32)
+
+
+def padded(mask, numbers) -> Tensor:
+    """`numbers` (1-D) at the places of the mask, row after row, 0 elsewhere: (B,T)."""
+    return torch.zeros_like(mask, dtype=numbers.dtype).masked_scatter(mask, numbers)
 
 
 def per_rollout(rollouts, name) -> Tensor:
@@ -518,12 +519,12 @@ def per_rollout(rollouts, name) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(run, objective, parts, hyper, same) -> Tensor:
+def statistics(run, objective, mine, hyper, same) -> Tensor:
     """What an objective must know of the whole mini-batch before its first loss (ACPO: moments of
-    the ratio), summed over micro-batches and ranks: one more forward pass. While the policy is the
-    `same` as pi_old, the ratio is 1 but for rounding, and the pass is spared."""
+    the ratio), summed over all ranks: one more forward pass. While the policy is the `same` as
+    pi_old, the ratio is 1 but for rounding, and the pass is spared."""
     total = 0
-    for micro in parts[RANK::WORLD]:
+    for micro in mine:
         mask, old_logp = recorded(micro)
         logp = old_logp if same else token_stats(run.model, micro, run.flags).logp
         total = total + objective.statistics(logp, old_logp, mask, **hyper)
@@ -539,7 +540,7 @@ def assign_old_logp(run, rollouts, meter) -> None:
     numbered = {id(rollout): i for i, rollout in enumerate(rollouts)}
     for micro in microbatches(rollouts, run.flags.tokens_per_microbatch)[RANK::WORLD]:
         tokens = token_stats(run.model, micro, run.flags)
-        meter.compare(tokens.old_logp[tokens.mask], tokens.logp[tokens.mask])
+        meter.compare(tokens)
         for rollout, logp in zip(micro, tokens.logp):
             mine.append((numbered[id(rollout)], logp[:rollout.length].tolist()))
     for i, logp in gather(mine):
@@ -574,9 +575,10 @@ class Meter:
             done = WORLD * self.sums["tokens"]  # the other ranks are about as far
             self.progress.show(done / self.total, f"updates: {done:,.0f} of {self.total:,} tokens")
 
-    def compare(self, sampler_logp, trainer_logp) -> None:
+    def compare(self, tokens: TokenStats) -> None:
         """Sampler against trainer, before anything is updated or clipped."""
-        self.log_rho.append((trainer_logp.detach() - sampler_logp).double().cpu())
+        log_rho = tokens.logp.detach() - tokens.old_logp
+        self.log_rho.append(log_rho[tokens.mask].double().cpu())
 
     def means(self) -> dict[str, float]:
         """Over all ranks, which must all call it."""

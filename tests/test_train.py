@@ -1107,7 +1107,8 @@ def test_the_gap_is_summed_over_parts_and_taken_from_rho_before_any_bound():
     sampler, trainer = -3 * torch.rand(2, 60, generator=g)
     meter = train.Meter()
     for part in (slice(0, 13), slice(13, 60)):
-        meter.compare(sampler[part], trainer[part])
+        mask = torch.ones(len(sampler[part]), dtype=torch.bool)
+        meter.compare(train.TokenStats(mask, sampler[part], trainer[part], None, None))
     means, rho = meter.means(), (trainer - sampler).double().exp()
     k3 = rho - 1 - rho.log()
     assert means["sampler_kl"] == pytest.approx(k3.mean().item())
