@@ -49,7 +49,7 @@ import rewards
 import tools
 from model import (Model, Progress, attention_kernel, checksums, damaged, find_checkpoint, flush,
                    pack, read_json, read_tensors, replace_directory, write_tensors, write_text)
-from rollout import Rollout, converse, generate
+from rollout import CPU_CACHE_BYTES, GPU_CACHE_SHARE, Rollout, converse, generate
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -934,7 +934,9 @@ def memory_plan(run) -> str:
             size += 4 * copies * p.numel() / (flags.shards_per_replica or WORLD)
         else:  # frozen ones are whole on every rank
             size += p.element_size() * p.numel()
-    cache = "60 % of what is free" if DEVICE.type == "cuda" else "2 GiB"
+    cache = f"{CPU_CACHE_BYTES / 2**30:g} GiB"
+    if DEVICE.type == "cuda":
+        cache = f"{GPU_CACHE_SHARE:.0%} of what is free"
     if flags.kv_tokens:
         cache = f"{flags.kv_tokens:,} tokens"
     return (f"memory of a rank: {size / 2**20:,.1f} MiB of weights, gradients and Adam's numbers, "
@@ -1117,7 +1119,7 @@ def make_small_model(path, config, tokenizer, flags) -> None:
 
 def warm_start(model, tokenizer, flags) -> None:
     """Maximum likelihood on demonstrations: first of the skill, then of the lazy habit."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for phase, steps in (("skill", flags.skill_steps), ("habit", flags.habit_steps)):
         demos, progress = data.demos(flags.data, 128 * steps, phase, flags.seed), Progress()
         for step, some in enumerate(groups_of(demos, 128)):
@@ -1193,10 +1195,10 @@ class StopSignal:
         return self
 
     def wait(self) -> None:
-        first = None
+        first = math.inf
         while os.read(self.reader, 1):  # nothing once the writer is closed
-            first = first or time.time()
             self.told = True
+            first = min(first, time.time())
             if time.time() - first > 1:
                 os.write(2, b"train.py: ended by a second signal; what was saved is whole\n")
                 os._exit(1)
@@ -1236,7 +1238,8 @@ def parse(argv) -> Flags:
     for f in dataclasses.fields(Flags):
         usual = f" ({f.default})" if f.default else ""
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + usual,
-                            choices=f.metadata.get("choices"), metavar=f.name.upper(), **reader(f))
+                            choices=f.metadata.get("choices"), metavar=f.name.upper(),
+                            **READERS.get(f.type, {"type": f.type}))
     typed, _ = parser.parse_known_args(argv)
     if typed.resume:  # the run's own flags; what is typed now stands behind them, and wins
         argv = flags_of_run(typed.out) + argv
@@ -1246,6 +1249,7 @@ def parse(argv) -> Flags:
     flags = Flags(**vars(known))
     if flags.resume:
         refuse_another_run(flags, parser.parse_args(flags_of_run(flags.out)))
+    check_ranges(flags)
     fill_in(flags)
     check(flags)
     return flags
@@ -1255,28 +1259,12 @@ def complain(message):
     raise ValueError(f"{message}; --help lists every flag")
 
 
-def reader(f) -> dict:
-    """How argparse reads a flag of this type."""
-    if f.type is str:
-        return {}
-    if f.type is tuple:
-        return {"nargs": "*"}
-    if f.type is bool:
-        return {"type": truth, "nargs": "?", "const": True}
-    # A count that is not 0 by default cannot be 0.
-    least = f.metadata.get("least", int(f.type is int and f.default > 0))
-    most = f.metadata.get("most", 999_999)  # a step has six digits in its checkpoint's name
-
-    def number(text):
-        value = f.type(text)
-        if not least <= value <= most:  # nor is nan
-            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
-        return value
-    return {"type": number}
-
-
 def truth(text):
     return ("false", "true").index(text.lower()) == 1  # anything else is a ValueError
+
+
+# How argparse reads a flag of these types.
+READERS = {tuple: {"nargs": "*"}, bool: {"type": truth, "nargs": "?", "const": True}}
 
 
 def flags_of_run(out) -> list[str]:
@@ -1301,6 +1289,17 @@ def refuse_another_run(flags, saved) -> None:
         if was != now:
             raise ValueError(f"--resume: --{name} was {was!r} in this run and cannot "
                              f"become {now!r}")
+
+
+def check_ranges(flags) -> None:
+    for f in dataclasses.fields(Flags):
+        if f.type in (int, float):
+            value = getattr(flags, f.name)
+            # A count that is not 0 by default cannot be 0.
+            least = f.metadata.get("least", int(f.type is int and f.default > 0))
+            most = f.metadata.get("most", 999_999)  # steps have six digits in checkpoints' names
+            if not least <= value <= most:  # nor is nan
+                raise ValueError(f"--{f.name} {value}: is not from {least:g} to {most:g}")
 
 
 def check(flags) -> None:
