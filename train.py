@@ -41,7 +41,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import losses
@@ -553,7 +552,7 @@ METRICS = """step reward eval length entropy clip_low clip_high ratio_mean ratio
 grad_norm zero_groups truncated calls failed_calls no_answer unparsable timeout error skipped
 refills pos_peak pos_valley neg_peak neg_valley sampler_kl sampler_max sampler_ess masked
 rollout_tps update_tps seconds""".split()
-SHOWN = "reward eval length entropy clip_low clip_high rollout_tps".split()
+SHOWN = "reward eval length entropy clip_low clip_high rollout_tps seconds".split()
 STATUSES = ("no_answer", "unparsable", "timeout", "error")
 
 
@@ -626,35 +625,29 @@ class Log:
         self.drawn = time.time()  # not in the first minute: it costs a second
         self.lines, self.tracker = SimpleQueue(), None  # what --track has not seen yet; its thread
         self.path = out / "metrics.jsonl"
-        self.quiet = not sys.stderr.isatty()  # into a file: a line a step instead of a bar
-        self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
-                        disable=self.quiet or not MAIN)
 
     def write(self, metrics) -> None:
         # JSON has no NaN; None, what was not measured, stays.
         metrics = {k: v if math.isfinite(v or 0) else None for k, v in metrics.items()}
         self.history.append(metrics)
-        if MAIN:
-            with naming(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(metrics) + "\n")
+        if not MAIN:
+            return
+        with naming(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
         shown = metrics | {"eval": (self.evals() or [None])[-1]}
         text = " ".join(f"{k} {shown[k]:.3g}" for k in SHOWN if shown[k] is not None)
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if MAIN and self.quiet:
-            print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
+        print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
         if time.time() - self.drawn > 60:
             self.draw()
-        if MAIN and self.flags.track:
+        if self.flags.track:
             self.track(metrics)
 
     def draw(self):
         self.drawn = time.time()
         try:
-            if MAIN:
-                draw_curves(self.out, self.flags.loss, self.history)
+            draw_curves(self.out, self.flags.loss, self.history)
         except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
-            tqdm.write(f"curves.png not drawn: {e}")
+            print(f"curves.png not drawn: {e}")
 
     def track(self, metrics):
         known = {k: v for k, v in metrics.items() if v is not None and k != "step"}
@@ -669,7 +662,6 @@ class Log:
 
     def close(self):
         self.draw()
-        self.bar.close()
         if self.tracker:
             self.lines.put(None)
             self.tracker.join(TRACKER_PATIENCE)
@@ -707,7 +699,7 @@ def track(flags, name, first_step, lines) -> None:
             board.log({"curves": board.Image(str(out / "curves.png"))}, step=step)
             board.finish()
     except (Exception, SystemExit) as e:
-        tqdm.write(f"--track {flags.track} ends: {type(e).__name__}, {data.first_line(e)}")
+        print(f"--track {flags.track} ends: {type(e).__name__}, {data.first_line(e)}")
 
 
 @contextmanager
@@ -815,18 +807,17 @@ def checkpoints(out) -> list[Path]:
 def checkpoint_to_resume(out, wanted) -> Path | None:
     """The directory to go on from: --resume_from, or what `latest` names, or the newest there is.
     None where a run was killed before its first checkpoint."""
-    found = checkpoints(out)
-    latest = out / "latest"
-    name = wanted or (latest.read_text().strip() if latest.is_file() else "")
-    if not name and found:
-        name = found[-1].name
+    names, latest = [p.name for p in checkpoints(out)], out / "latest"
+    name = wanted or "".join(names[-1:])
+    if latest.is_file() and not wanted:
+        name = latest.read_text().strip()
     if not name:
         return None
-    if out / name not in found:
+    if name not in names:
         raise ValueError(f"--resume: {out / name} is no checkpoint of this run, which has "
-                         f"{', '.join(p.name for p in found) or 'none'}; choose with --resume_from")
+                         f"{', '.join(names) or 'none'}; choose with --resume_from")
     if broken := damaged(out / name):
-        whole = [p.name for p in found if p.name != name and not damaged(p)]
+        whole = [other for other in names if not damaged(out / other)]
         advice = f"go back with --resume_from {whole[-1]}" if whole else "no other one is whole"
         raise ValueError(f"--resume: {broken}; {advice}")
     return out / name
@@ -1370,8 +1361,8 @@ def main() -> None:
         run = set_up(flags)
         with run.scorer, run.stop:
             train(run)
-        run.log.close()
         if MAIN:
+            run.log.close()
             say_goodbye(run)
     except (ValueError, OSError, SafetensorError, RuntimeError, KeyboardInterrupt) as e:
         sys.exit(last_words(e, run))
