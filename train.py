@@ -270,7 +270,7 @@ def shuffled(count, seed, epoch):
 
 def sample(run, questions, numbers, n) -> list[Rollout]:
     """n scored responses to each question, question-major, on every rank; the questions are spread
-    over the ranks. `numbers` (one per question) seed the sampling and name the groups."""
+    over the ranks. `numbers` (one per question, a range) seed the sampling and name the groups."""
     flags, mine = run.flags, range(RANK, len(questions), WORLD)
     barrier()
     draw = generate
@@ -293,9 +293,8 @@ def sample(run, questions, numbers, n) -> list[Rollout]:
     for i, rollout, grade in zip(asked, rollouts, run.scorer(to_grade)):
         rollout.group = numbers[i]
         rollout.score, rollout.status = grade
-    place = {number: i for i, number in enumerate(numbers)}
     # The sort is stable: a group's samples stay in order, whichever rank drew them.
-    return sorted(gather(rollouts), key=lambda rollout: place[rollout.group])
+    return sorted(gather(rollouts), key=lambda rollout: numbers.index(rollout.group))
 
 
 def sampling_model(run) -> Model:
@@ -317,7 +316,7 @@ def longest_response(flags, prompt: int) -> int:
 def evaluate(run) -> float:
     """Mean score of one sampled response to each held-out question; their numbers are below 0,
     training's are not, so that no seed serves both."""
-    numbers = [-1 - i for i in range(len(run.held_out))]
+    numbers = range(-1, -1 - len(run.held_out), -1)
     return mean(r.score for r in sample(run, run.held_out, numbers, 1))
 
 
