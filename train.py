@@ -775,7 +775,8 @@ def restore(run, checkpoint) -> None:
     if step != int(checkpoint.name[5:]) or type(position) is not int or position < 0:
         raise ValueError(f"--resume: {checkpoint}/resume/state.json has not the numbers of this "
                          "checkpoint; choose another with --resume_from")
-    read_tensors(sorted((checkpoint / "resume").glob("*.safetensors")), trained_state(run))
+    files = sorted((checkpoint / "resume").glob("*.safetensors"))
+    read_tensors([p for p in files if p.is_file()], trained_state(run))  # a pipe would hang
     run.step, run.position = step, position
 
 
