@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 import losses
@@ -624,6 +625,8 @@ class Log:
         self.drawn = time.time()  # not in the first minute: it costs a second
         self.lines, self.tracker = SimpleQueue(), None  # what --track has not seen yet; its thread
         self.path = out / "metrics.jsonl"
+        self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
+                        disable=None if MAIN else True)  # None: where stderr is no terminal
 
     def write(self, metrics) -> None:
         # JSON has no NaN; None, what was not measured, stays.
@@ -635,7 +638,10 @@ class Log:
             file.write(json.dumps(metrics) + "\n")
         shown = metrics | {"eval": (self.evals() or [None])[-1]}
         text = " ".join(f"{k} {shown[k]:.3g}" for k in SHOWN if shown[k] is not None)
-        print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable:
+            print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
         if time.time() - self.drawn > 60:
             self.draw()
         if self.flags.track:
@@ -646,7 +652,7 @@ class Log:
         try:
             draw_curves(self.out, self.flags.loss, self.history)
         except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
-            print(f"curves.png not drawn: {e}")
+            tqdm.write(f"curves.png not drawn: {e}")
 
     def track(self, metrics):
         known = {k: v for k, v in metrics.items() if v is not None and k != "step"}
@@ -661,6 +667,7 @@ class Log:
 
     def close(self):
         self.draw()
+        self.bar.close()
         if self.tracker:
             self.lines.put(None)
             self.tracker.join(TRACKER_PATIENCE)
@@ -698,7 +705,7 @@ def track(flags, name, first_step, lines) -> None:
             board.log({"curves": board.Image(str(out / "curves.png"))}, step=step)
             board.finish()
     except (Exception, SystemExit) as e:
-        print(f"--track {flags.track} ends: {type(e).__name__}, {data.first_line(e)}")
+        tqdm.write(f"--track {flags.track} ends: {type(e).__name__}, {data.first_line(e)}")
 
 
 @contextmanager

@@ -1591,6 +1591,15 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(run, mo
         assert "NaN" not in Path(loss, "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_bar_on_a_terminal_a_line_a_step_elsewhere(run, monkeypatch, capsys, on_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    run(*TINY, "--out", "r")
+    printed = capsys.readouterr()
+    assert ("step 2/2 reward" in printed.out) != on_terminal
+    assert ("| 2/2 [" in printed.err) == on_terminal
+
+
 def test_the_first_lines_say_what_comes(run, capsys):
     run(*TINY, "--steps", 1, "--kl_beta", 0.1, "--out", "r")
     model, work, memory = capsys.readouterr().out.splitlines()[:3]
