@@ -991,6 +991,8 @@ def open_lock(path, wait=False):
     except BlockingIOError:
         raise BlockingIOError(f"--out {path.parent}: process {file.read(20).strip()} is at work "
                               "there; wait for it, or choose another directory") from None
+    if not os.fstat(file.fileno()).st_nlink:  # removed by a start that failed
+        raise BlockingIOError(f"{path.parent}: another process was at work there")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -1374,10 +1376,20 @@ def main() -> None:
     except (ValueError, OSError, SafetensorError, RuntimeError, KeyboardInterrupt) as e:
         sys.exit(last_words(e, run))
     finally:
+        if LOCKS and run is None:
+            leave_nothing(Path(flags.out))
         while LOCKS:
             LOCKS.pop().close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave_nothing(out) -> None:
+    """A start that failed takes the directory away, if there is nothing in it but the lock."""
+    with suppress(OSError):
+        if os.listdir(out) == [".lock"]:
+            (out / ".lock").unlink()
+            out.rmdir()
 
 
 def say_goodbye(run) -> None:

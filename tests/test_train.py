@@ -1675,5 +1675,6 @@ def test_a_local_file_is_trained_on_and_a_tenth_held_out(run, tmp_path, monkeypa
 def test_a_failed_start_takes_no_name(run):
     with pytest.raises(SystemExit):
         run(*TINY, "--eval_data", "nowhere.jsonl")
+    assert not Path("runs/default").exists()
     run(*TINY, "--steps", 1)
     assert {p.parent.name for p in Path("runs").glob("*/latest")} == {"default"}
