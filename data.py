@@ -529,10 +529,10 @@ SUBJECTS = ("algebra+counting_and_probability+geometry+intermediate_algebra+numb
             "prealgebra+precalculus")
 PEOPLE = "2ppl+3ppl+4ppl+5ppl+6ppl+7ppl+8ppl"
 # A line each: name, split, dataset on the hub, its own name of the split ("split", "config/split"
-# or, to be joined, with + between configs or splits), number of rows (two, where that is known only roughly).
-# Sets for evaluation have no train split, so nobody trains on them. The slices of countdown_hub are
-# ACPO's; hitab is from before its quality check of October 2025; the test split of hotpotqa has no
-# answers; minerva has lists of answers, any of them.
+# or, to be joined, with + between configs or splits), number of rows (two, where that is known only
+# roughly). Sets for evaluation have no train split, so nobody trains on them. The slices of
+# countdown_hub are ACPO's; hitab is from before its quality check of October 2025; the test split
+# of hotpotqa has no answers; minerva has lists of answers, any of them.
 TABLE = f"""
 orz57k           train      Open-Reasoner-Zero/orz_math_57k_collection  train           56000 58000
 dapo17k          train      open-r1/DAPO-Math-17k-Processed     all/train                   17398
