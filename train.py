@@ -336,7 +336,7 @@ def whole_weights(model):
         model.gathered = False
         for unit in units:
             unit.reshard()
-        if DEVICE.type == "cuda":  # else the update carves the KV cache's block into pieces
+        if DEVICE.type == "cuda":  # else the update would fragment the memory of the KV cache
             torch.cuda.empty_cache()
 
 
@@ -349,7 +349,8 @@ def assign_advantages(rollouts, flags) -> None:
     reward = scores
     if flags.overlong_buffer:  # DAPO's soft punishment of what is nearly too long: 1 in all
         whole = torch.tensor([len(r.logp) for r in rollouts])  # replies of a tool count as well
-        over = whole - (flags.max_new_tokens - flags.overlong_buffer)
+        limits = torch.tensor([longest_response(flags, r.prompt_len) for r in rollouts])
+        over = whole - (limits - flags.overlong_buffer)
         reward = scores - over.clamp(min=0) / flags.overlong_buffer
     kind = flags.advantage or losses.OBJECTIVES[flags.loss].advantage
     advantages = losses.advantages(reward, flags.samples, kind, lengths)
@@ -398,7 +399,7 @@ def update(run, minibatch, extra, meter, first=False) -> float:
     barrier()
     # Counts over the whole mini-batch on all ranks: the losses of micro-batches just add up.
     totals = {"tokens": sum(r.length for r in minibatch), "sequences": len(minibatch),
-              # of a group that is spread over mini-batches, or cut by --mask_truncated, a part
+              # a part of a group that is spread over mini-batches, or cut by --mask_truncated
               "winning_groups": sum(r.group_won for r in minibatch) / flags.samples}
     if objective.statistics and flags.acpo_stats == "batch":
         # pi_old is still the policy, but for a sampler in another dtype
@@ -622,7 +623,7 @@ class Log:
 
     def __init__(self, flags, out, history):
         self.flags, self.out, self.history = flags, out, history
-        self.drawn = time.time()  # not in the first minute: it costs a second
+        self.last_draw = time.time()  # not in the first minute: it costs a second
         self.lines, self.tracker = SimpleQueue(), None  # what --track has not seen yet; its thread
         self.path = out / "metrics.jsonl"
         self.bar = tqdm(total=flags.steps, initial=len(history), desc=flags.loss, unit="step",
@@ -636,19 +637,20 @@ class Log:
             return
         with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        shown = metrics | {"eval": (self.evals() or [None])[-1]}
+        evals = list(self.evals().values()) or [None]
+        shown = metrics | {"eval": evals[-1]}  # the last one made
         text = " ".join(f"{k} {shown[k]:.3g}" for k in SHOWN if shown[k] is not None)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable:
             print(f"step {metrics['step']}/{self.flags.steps} {text}", flush=True)
-        if time.time() - self.drawn > 60:
+        if time.time() - self.last_draw > 60:
             self.draw()
         if self.flags.track:
             self.track(metrics)
 
     def draw(self):
-        self.drawn = time.time()
+        self.last_draw = time.time()
         try:
             draw_curves(self.out, self.flags.loss, self.history)
         except (OSError, RuntimeError, ValueError) as e:  # no picture is worth a run
@@ -674,8 +676,10 @@ class Log:
             if self.tracker.is_alive():
                 print(f"--track {self.flags.track} does not answer and is left behind")
 
-    def evals(self) -> list[float]:
-        return [m["eval"] for m in self.history if m["eval"] is not None]
+    def evals(self) -> dict[int, float]:
+        """Held-out accuracy after so many steps; the first is measured before any."""
+        found = {m["step"]: m["eval"] for m in self.history if m["eval"] is not None}
+        return {step if step > 1 else 0: accuracy for step, accuracy in found.items()}
 
 
 TRACKER_PATIENCE = 60  # seconds that a run waits for it in the end
@@ -881,8 +885,9 @@ def set_up(flags) -> Run:
     if checkpoint:
         restore(run, checkpoint)
     if run.step >= flags.steps:
-        print(f"the run in {out} has done {run.step} of --steps {flags.steps}: it is complete, and "
-              "a larger --steps goes on from there")
+        if MAIN:
+            print(f"the run in {out} has done {run.step} of --steps {flags.steps}: it is complete, "
+                  "and a larger --steps goes on from there")
         sys.exit(0)
     barrier()  # all ranks have read what begin() now cuts
     history = []
@@ -890,13 +895,13 @@ def set_up(flags) -> Run:
         with naming(out):
             history = begin(run, checkpoint)
         introduce(run)
-    barrier()
+    history = gather([history] if MAIN else [])[0]  # on every rank
     run.log = Log(flags, out, history)
     return run
 
 
 def begin(run, checkpoint) -> list[dict]:
-    """From here on the directory holds this run, and the metrics so far, which it returns."""
+    """Makes the directory that of this run, and returns the metrics up to the checkpoint."""
     flags, history = run.flags, []
     if checkpoint:  # a kill from here on must not bring back a later one, as its metrics go now
         write_text(run.out / "latest", checkpoint.name)
@@ -930,7 +935,7 @@ def memory_plan(run) -> str:
     for p in run.model.parameters():
         if p.requires_grad:
             size += 4 * copies * p.numel() / (flags.shards_per_replica or WORLD)
-        else:  # frozen ones are whole on every rank
+        else:  # frozen ones count whole: a rollout gathers them
             size += p.element_size() * p.numel()
     cache = f"{CPU_CACHE_BYTES / 2**30:g} GiB"
     if DEVICE.type == "cuda":
@@ -957,7 +962,8 @@ def open_run(flags) -> Path:
 
 
 RUN_FILES = ("config.json", "metrics.jsonl", "latest")
-LEFT_BY_KILLED_RUNS = r"\.+(step-\d{6}|curves|latest|config|metrics)(\..*)?"
+LEFT_BY_KILLED_RUNS = (r"\.{1,2}step-\d{6}(\.(old\.)?\d+)?|\.curves\.png|"
+                       r"\.(latest|config\.json|metrics\.jsonl)\.\d+")
 LOCKS = []  # open files: a lock goes with its process, however that ends
 
 
@@ -1049,7 +1055,8 @@ def load_questions(flags, model, tokenizer):
     seed = flags.seed if procedural else 0
     problems = data.load(flags.data, "train", seed=seed, args=args)
     if flags.eval_data:
-        held_out = data.load(flags.eval_data, "test", args=args)
+        of_gym = flags.eval_data.startswith("rg:")
+        held_out = data.load(flags.eval_data, "test", args=args if of_gym else {})
     else:
         held_out = data.held_out(flags.data, args=args)
         kept_back = {p.id for p in held_out}
@@ -1283,6 +1290,8 @@ def flags_of_run(out) -> list[str]:
 
 
 def refuse_another_run(flags, saved) -> None:
+    if Path(saved.model).parent == Path(flags.model):  # the run that it was a checkpoint of
+        flags.model = saved.model
     for name in ("model", "data", "lora", "lora_alpha", "width", "layers", "skill_steps",
                  "habit_steps", "seed"):
         was, now = getattr(saved, name), getattr(flags, name)
@@ -1315,8 +1324,9 @@ def check(flags) -> None:
     if flags.shards_per_replica and WORLD % flags.shards_per_replica:
         raise ValueError(f"--shards_per_replica {flags.shards_per_replica}: {WORLD} ranks cannot "
                          "be split into such groups; 0 is one group of all")
-    if flags.offload and WORLD == 1 and DEVICE.type == "cpu":
-        raise ValueError("--offload: one process on a CPU has nothing to offload from")
+    for name in ("offload", "shards_per_replica"):
+        if getattr(flags, name) and WORLD == 1 and DEVICE.type == "cpu":
+            raise ValueError(f"--{name}: one process on a CPU has nothing to shard or to offload")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: needs a package; pip install {flags.track}")
     if rollout_dtype(flags) != compute_dtype() and (WORLD > 1 or DEVICE.type == "cuda"):
@@ -1368,10 +1378,13 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
         start_ranks(flags)
         run = set_up(flags)
-        with run.scorer, run.stop:
-            train(run)
+        try:
+            with run.scorer, run.stop:
+                train(run)
+        finally:
+            if MAIN:
+                run.log.close()
         if MAIN:
-            run.log.close()
             say_goodbye(run)
     except (ValueError, OSError, SafetensorError, RuntimeError, KeyboardInterrupt) as e:
         sys.exit(last_words(e, run))
@@ -1396,8 +1409,16 @@ def say_goodbye(run) -> None:
     evals, out = run.log.evals(), run.out
     if run.step < run.flags.steps:
         print(f"stopped; go on with: python train.py --out {out} --resume")
-    print(f"held-out accuracy {evals[0]:.2f} -> {evals[-1]:.2f} after {run.step} steps. {out}: "
+    first, last = list(evals)[0], list(evals)[-1]
+    print(f"held-out accuracy {evals[first]:.2f} -> {evals[last]:.2f} after {last} steps. {out}: "
           f"curves.png, metrics.jsonl, step-{run.step:06d}. Score it: python eval.py {out}")
+
+
+def raised_by_yours(error) -> bool:
+    """By an objective or a reward: then file and line are of interest. RuntimeErrors most often
+    come of a collective whose other side is gone."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).name in ("losses.py", "rewards.py")
 
 
 def last_words(error, run) -> str:
@@ -1406,11 +1427,12 @@ def last_words(error, run) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         why = (f"out of GPU memory ({data.first_line(error)}); lower --tokens_per_microbatch or "
                "--kv_tokens, add --recompute")
-    elif isinstance(error, RuntimeError):  # most often a collective whose other side is gone
+    elif isinstance(error, RuntimeError) or run and raised_by_yours(error):
         traceback.print_exception(error)
         why = data.first_line(error)
     if run:  # it has begun
-        why += f"; what was saved is whole: go on with --resume --out {run.out}"
+        whole = "what was saved is whole: " if checkpoints(run.out) else ""
+        why += f"; {whole}go on with --resume --out {run.out}"
     why = "".join(c if c.isprintable() else " " for c in why)  # a stranger's file may hold escapes
     return f"train.py: {f'rank {RANK}: ' if WORLD > 1 else ''}{why:.2000}"
 

@@ -543,12 +543,16 @@ def test_resume_removes_nothing_that_is_not_its_own(run, half, whole):
     """Without `latest` the newest whole checkpoint counts; copies of other names stay."""
     shutil.copytree("r/step-000001", "r/step-best")
     shutil.copytree("r/step-000001", "r/.my-step-1")
-    Path("r/step-0").mkdir()
+    for name in ("step-0", ".config", ".metrics", ".latest", "..step-000004.x"):
+        Path("r", name).mkdir()
+    for left in (".step-000004", "..step-000004.17", ".step-000004.old.17", ".config.json.17"):
+        Path("r", left).mkdir()  # by a killed run
     Path("r/latest").unlink()
     run("--out", "r", "--resume", "--steps", 4)
     assert_same_runs("r", whole)
-    for mine in ("step-best", ".my-step-1", "step-0"):
-        assert Path("r", mine).is_dir()
+    mine = "step-best .my-step-1 step-0 .config .metrics .latest ..step-000004.x".split()
+    assert all(Path("r", name).is_dir() for name in mine)
+    assert not list(Path("r").glob(".*17")) and not Path("r/.step-000004").exists()
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "step-000009", "/etc", "step-000001/resume"])
@@ -717,6 +721,25 @@ def test_a_run_that_fails_in_its_first_step_goes_on_with_another_flag(run):
         run(*TINY, "--kv_tokens", 5, "--out", "r")
     run("--out", "r", "--resume", "--kv_tokens", 500)
     assert [m["step"] for m in metrics("r")] == [1, 2]
+
+
+def test_the_same_command_resumes_a_run_that_began_with_another_ones_checkpoint(run, half):
+    """config.json names the checkpoint, the command the run that it is of."""
+    run(*TINY, "--model", "r", "--steps", 1, "--out", "s")
+    run(*TINY, "--model", "r", "--steps", 2, "--out", "s", "--resume")
+    assert [m["step"] for m in metrics("s")] == [1, 2]
+
+
+def test_an_objective_that_fails_says_where(run, monkeypatch, capsys):
+    began = train.begin
+
+    def begin(*args):  # the flags are checked by now
+        monkeypatch.setattr(losses, "outside", lambda *_: (1, 2, 3))
+        return began(*args)
+    monkeypatch.setattr(train, "begin", begin)
+    with pytest.raises(SystemExit, match="^train.py: too many values to unpack"):
+        run(*TINY, "--loss", "cispo_masked", "--out", "r")
+    assert re.search(r"losses.py., line \d+, in cispo_masked", capsys.readouterr().err)
 
 
 def test_resume_cannot_poison_a_run(run):
@@ -1203,6 +1226,9 @@ def test_replies_count_towards_too_long_and_not_towards_length():
     train.assign_advantages([one, two], flags)
     assert (one.length, two.length) == (1, 1)
     assert (one.advantage, two.advantage) == (-0.5, 0.0)
+    flags.max_tokens = 3  # 2 for a response, both of which cost
+    train.assign_advantages([one, two], flags)
+    assert (one.advantage, two.advantage) == (-1.5, -0.5)
 
 
 TALKING = """--data hops --width 32 --layers 1 --skill_steps 80 --habit_steps 0 --prompts 6
@@ -1547,7 +1573,7 @@ def test_tensorboard(run, monkeypatch):
     ("--correction tis --old_logp trainer --correction_args high=big",
      "--correction_args high=big"),
     ("--shards_per_replica 2", "--shards_per_replica 2"),
-    ("--offload", "--offload"),
+    ("--offload", "--offload"), ("--shards_per_replica 1", "--shards_per_replica"),
     ("--tool serch", "--tool"),
     ("--tool facts", "--tool facts: this --data has no facts"),
     ("--tool search", "chainsum has no passages"),
