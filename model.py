@@ -876,7 +876,10 @@ def read_tensors(files, wanted: dict[str, Tensor]):
     found = scan(files)
     check_fit(files[0].parent if files else "no safetensors", found, wanted)
     for name, local in wanted.items():
-        copy_into(local, read_tensor(found, name))
+        t = read_tensor(found, name)
+        if not t.is_floating_point():  # quantized: the numbers alone mean nothing
+            raise ValueError(f"{found[name][0]}: {name} holds {t.dtype}, no floats")
+        copy_into(local, t)
 
 
 @torch.no_grad()
@@ -910,8 +913,13 @@ def merge_adapter(source, dtype, device) -> Model:
         model = Model.from_pretrained(raw["base_model_name_or_path"], dtype, device)
         model.add_lora(raw["r"], raw["lora_alpha"], source)
     file = source / "adapter_model.safetensors"
-    there = scan([file])  # some matrices may have no adapter: theirs stays 0
-    read_tensors([file], {name: p for name, p in model.adapters().items() if name in there})
+    there = scan([file])
+    wanted = {}  # some matrices may have no adapter: theirs stays 0
+    for name, p in model.adapters().items():
+        pair = name, name.replace("lora_A", "lora_B"), name.replace("lora_B", "lora_A")
+        if any(part in there for part in pair):
+            wanted[name] = p
+    read_tensors([file], wanted)
     for layer in model.linears().values():
         layer.weight.copy_(layer.merged())
         layer.scale = 0.0

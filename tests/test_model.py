@@ -879,13 +879,17 @@ def test_an_adapter_that_is_not_plain_lora_is_one_line(change, words, checkpoint
     ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", "unexpected"),
     ("base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector", "unexpected"),
     ("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", "not \\[96, 4\\]"),
+    (None, "up_proj.lora_B.weight missing"),
 ])
 def test_tensors_that_do_not_belong_to_an_adapter(name, words, checkpoint, tmp_path):
     """As those of DoRA, of biases, of ranks by pattern or of whole modules."""
     adapted(checkpoint).save_pretrained(tmp_path / "tuned")
     file = tmp_path / "tuned/adapter/adapter_model.safetensors"
     tensors = load_file(file)
-    tensors[name] = torch.zeros(97, 64)
+    if name:
+        tensors[name] = torch.zeros(97, 64)
+    else:
+        del tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"]
     save_file(tensors, file)
     with pytest.raises(ValueError, match=words):
         Model.from_pretrained(file.parent)
@@ -1114,6 +1118,13 @@ def test_misfitting_weights_are_listed(checkpoint):
     tamper(checkpoint, **{f"x{i}": torch.zeros(1) for i in range(20)})
     with pytest.raises(ValueError, match="23 in all"):
         Model.from_config(checkpoint)
+
+
+def test_quantized_weights_are_refused(checkpoint):
+    """Of the right shape, they would load as numbers without their scale."""
+    tamper(checkpoint, model__norm__weight=torch.ones(64, dtype=torch.int8))
+    with pytest.raises(ValueError, match="model.safetensors: model.norm.weight holds torch.int8"):
+        Model.from_pretrained(checkpoint)
 
 
 def test_memory_is_not_taken_for_what_the_files_do_not_hold(checkpoint):
